@@ -186,9 +186,13 @@ def mlstm_parallel(
 
 def _empty_state(q: Tensor, v: Tensor) -> State:
     """The memory before anything was written."""
-    (B, NH), DQK, DHV = q.shape[:2], q.shape[-1], v.shape[-1]
-    options = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
-    return torch.zeros(B, NH, DQK, DHV, **options), torch.zeros(B, NH, DQK, **options), torch.zeros(B, NH, **options)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return tuple(torch.zeros(shape, dtype=dtype, device=q.device) for shape in _state_shapes(q, v))
+
+
+def _state_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+    B, NH, _, DQK = q.shape
+    return [(B, NH, DQK, v.shape[-1]), (B, NH, DQK), (B, NH)]
 
 
 def _check_inputs(q, k, v, i, f, initial_state) -> None:
@@ -205,8 +209,9 @@ def _check_inputs(q, k, v, i, f, initial_state) -> None:
     if initial_state is not None:
         if not isinstance(initial_state, (tuple, list)) or len(initial_state) != 3:
             raise TypeError(f"initial_state must be a tuple (C, n, m), got {type(initial_state).__name__}")
-        for part, x, empty in zip("Cnm", initial_state, _empty_state(q, v), strict=True):
-            expected.append((f"initial_state's {part}", x, empty.shape, (empty.dtype,)))
+        state_dtype = torch.promote_types(q.dtype, torch.float32)
+        for part, x, shape in zip("Cnm", initial_state, _state_shapes(q, v), strict=True):
+            expected.append((f"initial_state's {part}", x, shape, (state_dtype,)))
     for name, x, shape, dtypes in expected:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")

@@ -224,9 +224,14 @@ def mlstm_chunkwise(
 # same as 02_parallel/mlstm_parallel.py::_empty_state
 def _empty_state(q: Tensor, v: Tensor) -> State:
     """The memory before anything was written."""
-    (B, NH), DQK, DHV = q.shape[:2], q.shape[-1], v.shape[-1]
-    options = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
-    return torch.zeros(B, NH, DQK, DHV, **options), torch.zeros(B, NH, DQK, **options), torch.zeros(B, NH, **options)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return tuple(torch.zeros(shape, dtype=dtype, device=q.device) for shape in _state_shapes(q, v))
+
+
+# same as 02_parallel/mlstm_parallel.py::_state_shapes
+def _state_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+    B, NH, _, DQK = q.shape
+    return [(B, NH, DQK, v.shape[-1]), (B, NH, DQK), (B, NH)]
 
 
 # same as 02_parallel/mlstm_parallel.py::_check_inputs
@@ -244,8 +249,9 @@ def _check_inputs(q, k, v, i, f, initial_state) -> None:
     if initial_state is not None:
         if not isinstance(initial_state, (tuple, list)) or len(initial_state) != 3:
             raise TypeError(f"initial_state must be a tuple (C, n, m), got {type(initial_state).__name__}")
-        for part, x, empty in zip("Cnm", initial_state, _empty_state(q, v), strict=True):
-            expected.append((f"initial_state's {part}", x, empty.shape, (empty.dtype,)))
+        state_dtype = torch.promote_types(q.dtype, torch.float32)
+        for part, x, shape in zip("Cnm", initial_state, _state_shapes(q, v), strict=True):
+            expected.append((f"initial_state's {part}", x, shape, (state_dtype,)))
     for name, x, shape, dtypes in expected:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
