@@ -1,8 +1,8 @@
 """Stage 02: the mLSTM for all time steps at once, forward and backward, in PyTorch.
 
 Unrolling the recurrence of stage 01 gives the weight of step j in the output of step t: everything that was forgotten
-between them, times the input gate of j. These weights form the gate matrix D, and with it the mLSTM looks like attention
-(TFLA, arXiv 2503.14376, section 2, parallel form):
+between them, times the input gate of j. These weights form the gate matrix D, and with it the mLSTM looks like
+attention (TFLA, arXiv 2503.14376, section 2, parallel form):
 
     log D_tj = sum_{r=j+1..t} log sigmoid(f_r) + i_j   for j <= t, else -inf
     m_t      = max_j log D_tj
@@ -21,8 +21,9 @@ Glossary (name in code = symbol = shape; B batch, NH heads, T steps):
     S         P 1 plus the state's part   (B, NH, T)      the normalizer's product n . s q of stage 01
     D         max{ |S|, e^(-m) }          (B, NH, T)
 
-New against stage 01: no step waits for another; everything is a matrix product. The price: time and memory grow with T^2
-(stage 03 makes them grow with T). The backward pass is written by hand, exact through the normalizer and the states.
+New against stage 01: no step waits for another; everything is a matrix product. The price: time and memory grow with
+T^2 (stage 03 makes them grow with T). The backward pass is written by hand, exact through the normalizer and the
+states.
 
 Copy this file: it needs torch.
 """
@@ -56,7 +57,7 @@ def gate_matrix(i: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor, n_0: Tensor, m_0: Tensor
 ) -> tuple[Tensor, ...]:
-    """h and the final state, then what the backward pass needs again: W, w_state, P, S, D. Plain differentiable PyTorch."""
+    """h and the final state, then what the backward pass needs: W, w_state, P, S, D. Plain differentiable PyTorch."""
     s = q.shape[-1] ** -0.5
     log_D, F_state = gate_matrix(i, f)
     log_w_state = F_state + m_0[..., None]
@@ -98,7 +99,7 @@ class _Parallel(torch.autograd.Function):
         dtypes = [x.dtype for x in ctx.saved_tensors]
         dh = dh.to(compute)
         q, k, v, i, f, C_0, n_0, m_0 = (x.to(compute) for x in ctx.saved_tensors)
-        h, C, n, m, W, w_state, P, S, D = forward_pass(q, k, v, i, f, C_0, n_0, m_0)
+        h, C, n, _, W, w_state, P, S, D = forward_pass(q, k, v, i, f, C_0, n_0, m_0)
         s = q.shape[-1] ** -0.5
 
         # h = numerator / D, D = max(|S|, e^(-m))

@@ -1,8 +1,8 @@
 """Stage 03: the mLSTM chunk by chunk, forward and backward, in PyTorch.
 
-The sequence is cut into chunks of L steps. Between chunks runs the recurrence of stage 01, on whole chunks: only NC = T / L
-states are ever formed. Within a chunk works the parallel form of stage 02, whose initial state is the state that the
-chunk starts from. So time and memory grow with T, and all work is matrix products
+The sequence is cut into chunks of L steps. Between chunks runs the recurrence of stage 01, on whole chunks: only
+NC = T / L states are ever formed. Within a chunk works the parallel form of stage 02, whose initial state is the state
+that the chunk starts from. So time and memory grow with T, and all work is matrix products
 (TFLA, arXiv 2503.14376, section 2, chunkwise form):
 
     b_i = sum_{r<=i} log sigmoid(f_r)    within the chunk, g = b_L,    a_j = sum_{r>j} log sigmoid(f_r) + i_j
@@ -52,8 +52,10 @@ def split_chunks(x: Tensor, chunk_size: int, fill: float = 0.0) -> Tensor:
 
 
 def gate_weights(i: Tensor, f_bar: Tensor, m_0: Tensor) -> tuple[Tensor, ...]:
-    """All stabilizers and weights, from the gates alone: m (B, NH, NC, L), m_c at the NC + 1 chunk borders, W, w_state,
-    w_end, decay as in the glossary. i and f_bar are (B, NH, NC, L)."""
+    """All stabilizers and weights, from the gates alone. i and f_bar are (B, NH, NC, L).
+
+    Returns m (B, NH, NC, L), m_c at the NC + 1 chunk borders, W, w_state, w_end, decay as in the glossary.
+    """
     NC, L = i.shape[-2:]
     row, column = torch.arange(L, device=i.device)[:, None], torch.arange(L, device=i.device)[None, :]
     log_D = torch.where(row > column, f_bar[..., :, None], 0).cumsum(dim=-2) + i[..., None, :]
@@ -78,8 +80,10 @@ def gate_weights(i: Tensor, f_bar: Tensor, m_0: Tensor) -> tuple[Tensor, ...]:
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor, n_0: Tensor, m_0: Tensor, chunk_size: int
 ) -> tuple[Tensor, ...]:
-    """h (B, NH, T, DHV) and the state at all NC + 1 chunk borders, then what the backward pass needs again: h in chunks,
-    W, w_state, w_end, decay, P, S, D. Plain differentiable PyTorch."""
+    """h (B, NH, T, DHV) and the state at all NC + 1 chunk borders, then what the backward pass needs again.
+
+    That is h in chunks, W, w_state, w_end, decay, P, S, D. Plain differentiable PyTorch.
+    """
     T, s = q.shape[2], q.shape[-1] ** -0.5
     # Steps past T neither forget (f_bar = 0) nor write (i = -inf): the state after them is the state after step T.
     f_bar, i = split_chunks(F.logsigmoid(f), chunk_size), split_chunks(i, chunk_size, fill=-torch.inf)

@@ -8,8 +8,8 @@ state is handed on; within a chunk everything is matrix products:
 
 so there is one kernel that walks over the chunks and writes the state at every border (states_kernel), and one that
 turns all chunks into outputs at once (h_kernel). The backward pass has the same two halves: dstates_kernel walks
-backwards, then dq_, dk_ and dv_kernel work on all chunks at once. "Limit chunk": a program holds the L x L matrix of its
-chunk on chip, so L is at most 128. Stage 04 lifts this limit.
+backwards, then dq_, dk_ and dv_kernel work on all chunks at once. "Limit chunk": a program holds the L x L matrix of
+its chunk on chip, so L is at most 128. Stage 04 lifts this limit.
 
 Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i and columns j of a chunk):
     b        sum_{r<=i} log sigmoid(f_r) since the chunk began           (B*NH, NC*L)  float64
@@ -22,11 +22,12 @@ Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i a
     w_end    e^(a_j - m_c), weight of step j in the next state            (L)
     S, r     normalizer product n . s q, and 1 / max{|S|, e^(-m)}         (B*NH, T)
     delta    gradient of S                                                (B*NH, T)
-    overlap  <C'_c, dC'_c> = <C_c, dC_c> + <n_c, dn_c>                    (tiles, B*NH, NC+1)
+    overlap  <C'_c, dC'_c> = <C_c, dC_c> + <n_c, dn_c>, not yet summed up (tiles of DHV, B*NH, NC+1, DQK)
+    X        dP * scores, gradient of log D                               (L, L)
 
 Precision: the gates' sums are float64, because a difference b_i - b_j of float32 sums loses its digits behind one very
-closed forget gate. bfloat16 inputs are multiplied in bfloat16, float16 ones as TF32 (float16's digits, but the range that
-products with gate weights need), float32 ones as three TF32 products. All sums are float32.
+closed forget gate. bfloat16 inputs are multiplied in bfloat16, float16 ones as TF32 (float16's digits, but the range
+that products with gate weights need), float32 ones as three TF32 products. All sums are float32.
 
 New against mlstm_chunkwise.py: tiles, masks, strides. Not included: chunks larger than 128 (stage 04).
 
@@ -84,6 +85,15 @@ def chunk_of_program(N_TILES, NC):
 
 
 @triton.jit
+def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """x as the matrix unit takes it. For TF32 it is rounded to 10 bits here; the hardware would cut the others off."""
+    if PRECISION == "tf32":
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x.to(DOT)
+
+
+@triton.jit
 def head(ptr, bh, NH, stride_b, stride_h):
     """Where head bh = b * NH + h of a (B, NH, ...) tensor begins."""
     return ptr + bh // NH * stride_b + bh % NH * stride_h
@@ -99,7 +109,7 @@ def load_row_gates(b_ptr, m_intra_ptr, m_start, offs_gate):
 
 @triton.jit
 def gate_weights(b_m, u, L: tl.constexpr):
-    """W_ij = e^(b_i + u_j - m_i) for j <= i, else 0: the exponent is masked, since beyond the diagonal it may be huge."""
+    """W_ij = e^(b_i + u_j - m_i) for j <= i, else 0. The exponent is masked: beyond the diagonal it may be huge."""
     row, column = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     return tl.exp(tl.where(row >= column, (b_m[:, None] + u[None, :]).to(tl.float32), -float("inf")))
 
@@ -154,12 +164,12 @@ def states_kernel(
 ):  # fmt: skip
     """The state at every chunk border. A program owns one tile of C and walks with it over the chunks in order.
 
-        C (DQK x DHV)        grid: tiles of C, B * NH
-        +---+---+---+---+    loop: c = 0 .. NC-1
-        |   | x |   |   |      store C, n, m of border c
-        +---+---+---+---+      C <- decay * C + (w_end * K)^T V
-        |   |   |   |   |    store border NC, and C once more in float32: the final state
-        +---+---+---+---+    The first column of tiles takes care of n, the first tile of m.
+    C (DQK x DHV)        grid: tiles of C, B * NH
+    +---+---+---+---+    loop: c = 0 .. NC-1
+    |   | x |   |   |      store C, n, m of border c
+    +---+---+---+---+      C <- decay * C + (w_end * K)^T V
+    |   |   |   |   |    store border NC, and C once more in float32: the final state
+    +---+---+---+---+    The first column of tiles takes care of n, the first tile of m.
     """
     bh = tl.program_id(1).to(tl.int64)
     tile_k, tile_v = tl.program_id(0) // tl.cdiv(DHV, BLOCK_DHV), tl.program_id(0) % tl.cdiv(DHV, BLOCK_DHV)
@@ -196,7 +206,7 @@ def states_kernel(
         offs_t = (c * L + offs_l).to(tl.int64)
         k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32) * w_end[:, None]  # (L, BLOCK_DQK)
         v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
-        C = tl.dot(tl.trans(k.to(DOT)), v, C * decay, input_precision=PRECISION)
+        C = tl.dot(tl.trans(operand(k, DOT, PRECISION)), v, C * decay, input_precision=PRECISION)
         n = n * decay + tl.sum(k, axis=0)
         m = m_next
 
@@ -219,12 +229,12 @@ def h_kernel(
 ):  # fmt: skip
     """h of one chunk, for one tile of its columns. Grid: (tiles of DHV) * NC * B * NH.
 
-        P (L x L)         V (L x DHV)      loop over DQK: scores += Q K^T, h_state += Q C, S_state += Q n
-        +---------+       +---+---+        then P = s * scores * W, h = P V + s * w_state * h_state
-        | x       |       |   | x |
-        | x x     |   @   |   | x |        The whole P lives in registers: this is what limits the chunk.
-        | x x x   |       |   | x |
-        +---------+       +---+---+
+    P (L x L)         V (L x DHV)      loop over DQK: scores += Q K^T, h_state += Q C, S_state += Q n
+    +---------+       +---+---+        then P = s * scores * W, h = P V + s * w_state * h_state
+    | x       |       |   | x |
+    | x x     |   @   |   | x |        The whole P lives in registers: this is what limits the chunk.
+    | x x x   |       |   | x |
+    +---------+       +---+---+
     """
     tile_v, c, bh = chunk_of_program(tl.cdiv(DHV, BLOCK_DHV), NC)
     offs_l = tl.arange(0, L)
@@ -246,7 +256,7 @@ def h_kernel(
         C = load_tile(C_ptr + border * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
         n = tl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
         scores = tl.dot(q.to(DOT), tl.trans(k), scores, input_precision=PRECISION)
-        h_state = tl.dot(q.to(DOT), C.to(DOT), h_state, input_precision=PRECISION)
+        h_state = tl.dot(q.to(DOT), operand(C, DOT, PRECISION), h_state, input_precision=PRECISION)
         S_state += tl.sum(q.to(tl.float32) * n[None, :], axis=1)
 
     m, b_m, w_state = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
@@ -255,7 +265,7 @@ def h_kernel(
     D = tl.maximum(tl.abs(S), tl.exp(-tl.minimum(m, M_CAP)))
 
     v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
-    h = tl.dot(P.to(DOT), v, h_state * (s * w_state)[:, None], input_precision=PRECISION) / D[:, None]
+    h = tl.dot(operand(P, DOT, PRECISION), v, h_state * (s * w_state)[:, None], input_precision=PRECISION) / D[:, None]
     store_tile(h_ptr, h, offs_t, offs_v, stride_ht, T, DHV)
     if tile_v == 0:
         tl.store(S_ptr + bh * T + offs_t, S, mask=offs_t < T)
@@ -290,7 +300,7 @@ def delta_kernel(
     S = tl.load(S_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     floor = tl.exp(-tl.minimum(m, M_CAP))
     r = 1.0 / tl.maximum(tl.abs(S), floor)
-    delta = tl.where(S > floor, -dh_h * r, tl.where(S < -floor, dh_h * r, 0.0))
+    delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -r, r) * dh_h, 0.0)
     tl.store(r_ptr + bh * T + offs_t, r, mask=offs_t < T)
     tl.store(delta_ptr + bh * T + offs_t, delta, mask=offs_t < T)
 
@@ -306,12 +316,12 @@ def dstates_kernel(
 ):  # fmt: skip
     """The gradient of the state at every chunk border: states_kernel run backwards.
 
-        dC (DQK x DHV)       grid: tiles of dC, B * NH
-        +---+---+---+---+    loop: c = NC-1 .. 0
-        |   | x |   |   |      store dC, dn of border c+1, and the tile's part of overlap = <C', dC'>
-        +---+---+---+---+      dC <- decay * dC + (s * w_state * r * Q)^T dH
-        |   |   |   |   |    store border 0: the gradient of the initial state
-        +---+---+---+---+    The first column of tiles takes care of dn.
+    dC (DQK x DHV)       grid: tiles of dC, B * NH
+    +---+---+---+---+    loop: c = NC-1 .. 0
+    |   | x |   |   |      store dC, dn of border c+1, and the tile's part of overlap, <C', dC'>, row by row
+    +---+---+---+---+      dC <- decay * dC + (s * w_state * r * Q)^T dH
+    |   |   |   |   |    store border 0: the gradient of the initial state
+    +---+---+---+---+    The first column of tiles takes care of dn.
     """
     bh = tl.program_id(1).to(tl.int64)
     tile_k, tile_v = tl.program_id(0) // tl.cdiv(DHV, BLOCK_DHV), tl.program_id(0) % tl.cdiv(DHV, BLOCK_DHV)
@@ -324,7 +334,7 @@ def dstates_kernel(
     C_ptr, dC_ptr, n_ptr, dn_ptr = (
         C_ptr + border * DQK * DHV, dC_ptr + border * DQK * DHV, n_ptr + border * DQK, dn_ptr + border * DQK,
     )  # fmt: skip
-    overlap_ptr += tl.program_id(0).to(tl.int64) * tl.num_programs(1) * (NC + 1) + border  # one row a tile
+    overlap_ptr += (tile_v * tl.num_programs(1) * (NC + 1) + border) * DQK
 
     if dC_T_ptr is None:
         dC = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
@@ -341,9 +351,10 @@ def dstates_kernel(
         store_tile(dC_ptr, dC, offs_k, offs_v, DHV, DQK, DHV)
         if tile_v == 0:
             tl.store(dn_ptr + offs_k, dn, mask=offs_k < DQK)
-        tl.store(overlap_ptr, tl.sum(C * dC) + tl.sum(tl.where(tile_v == 0, n * dn, 0.0)))
+        overlap = tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0)  # (BLOCK_DQK,)
+        tl.store(overlap_ptr + offs_k, overlap, mask=offs_k < DQK)
         C_ptr, dC_ptr, n_ptr, dn_ptr = C_ptr - DQK * DHV, dC_ptr - DQK * DHV, n_ptr - DQK, dn_ptr - DQK
-        overlap_ptr -= 1
+        overlap_ptr -= DQK
 
         m_start = tl.load(m_ptr + bh * (NC + 1) + c)
         g = tl.load(b_ptr + (bh * NC + c) * L + L - 1)
@@ -355,13 +366,14 @@ def dstates_kernel(
 
         q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(tl.float32) * (s * w_state)[:, None]
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
-        dC = tl.dot(tl.trans((q * r[:, None]).to(DOT)), dh, dC * decay, input_precision=PRECISION)
+        dC = tl.dot(tl.trans(operand(q * r[:, None], DOT, PRECISION)), dh, dC * decay, input_precision=PRECISION)
         dn = dn * decay + tl.sum(q * delta[:, None], axis=0)
         m_next = m_start
 
     C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
     n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
-    tl.store(overlap_ptr, tl.sum(C * dC) + tl.sum(tl.where(tile_v == 0, n * dn, 0.0)))
+    overlap = tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0)
+    tl.store(overlap_ptr + offs_k, overlap, mask=offs_k < DQK)
     store_tile(dC_0_ptr + bh * DQK * DHV, dC, offs_k, offs_v, DHV, DQK, DHV)
     if tile_v == 0:
         tl.store(dn_0_ptr + bh * DQK + offs_k, dn, mask=offs_k < DQK)
@@ -369,14 +381,15 @@ def dstates_kernel(
 
 @triton.jit
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dh_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr, dq_ptr, q_dq_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr,
+    dq_ptr, q_dq_ptr, X_column_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     T, NC, NH, s,
     DQK: tl.constexpr, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one chunk, for one tile of its columns, and the tile's part of q . dq. Grid: (tiles of DQK) * NC * B * NH.
+    """dq of one chunk, for one tile of its columns, and q . dq. Grid: (tiles of DQK) * NC * B * NH.
 
         dP (L x L)        K (L x DQK)      loop over DHV: dP += dH V^T, dq += dH C^T
         +---------+       +---+---+        then dP = (r * dP + delta) * W,
@@ -384,6 +397,10 @@ def dq_kernel(
         | x x     |   @   |   | x |
         | x x x   |       |   | x |        r scales rows, so it waits until the products are done: dH goes into
         +---------+       +---+---+        them as it came, unrounded.
+
+    The gate gradients are small differences of q . dq and k . dk. What the pairs (i, j) of this chunk add to both comes
+    from one matrix X = dP * scores in float32: its row sums to q . dq, its column sums to k . dk. Taken from dq and dk,
+    for which dP is rounded once by rows and once by columns, they would not cancel as they should.
     """
     tile_k, c, bh = chunk_of_program(tl.cdiv(DQK, BLOCK_DQK), NC)
     offs_l = tl.arange(0, L)
@@ -402,22 +419,33 @@ def dq_kernel(
         offs_v = start + tl.arange(0, BLOCK_DHV)
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
-        C = load_tile(C_ptr + border * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV).to(DOT)  # (BLOCK_DQK, BLOCK_DHV)
+        C = load_tile(C_ptr + border * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
         dP = tl.dot(dh, tl.trans(v), dP, input_precision=PRECISION)
-        dq = tl.dot(dh, tl.trans(C), dq, input_precision=PRECISION)
+        dq = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), dq, input_precision=PRECISION)
 
     _, b_m, w_state = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
     r = tl.load(r_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     delta = tl.load(delta_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     n = tl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
-    dP = (dP * r[:, None] + delta[:, None]) * gate_weights(b_m, tl.load(u_ptr + offs_gate), L)  # (L, L)
+    dP = (dP * r[:, None] + delta[:, None]) * (s * gate_weights(b_m, tl.load(u_ptr + offs_gate), L))  # (L, L)
 
+    q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK)  # (L, BLOCK_DQK)
     k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
-    dq = (dq * r[:, None] + delta[:, None] * n[None, :]) * w_state[:, None]
-    dq = tl.dot(dP.to(DOT), k, dq, input_precision=PRECISION) * s
+    dq = (dq * r[:, None] + delta[:, None] * n[None, :]) * (s * w_state)[:, None]
+    q_dq = tl.sum(q.to(tl.float32) * dq, axis=1)  # the state's part
+    dq = tl.dot(operand(dP, DOT, PRECISION), k, dq, input_precision=PRECISION)
     store_tile(dq_ptr, dq, offs_t, offs_k, stride_dt, T, DQK)
-    q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(tl.float32)
-    q_dq = tl.sum(q * dq, axis=1)  # before dq is rounded: the gate gradients are small differences of these
+
+    if tile_k == 0:
+        scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
+        for start in range(BLOCK_DQK, DQK, BLOCK_DQK):
+            offs_k = start + tl.arange(0, BLOCK_DQK)
+            q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)
+            k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+        X = dP * scores  # (L, L)
+        q_dq += tl.sum(X, axis=1)
+        tl.store(X_column_ptr + bh * T + offs_t, tl.sum(X, axis=0), mask=offs_t < T)
     BH = tl.num_programs(0) // tl.cdiv(DQK, BLOCK_DQK) // NC
     tl.store(q_dq_ptr + (tile_k.to(tl.int64) * BH + bh) * T + offs_t, q_dq, mask=offs_t < T)
 
@@ -431,14 +459,14 @@ def dk_kernel(
     DQK: tl.constexpr, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk of one chunk, for one tile of its columns, and the tile's part of k . dk. Grid: (tiles of DQK) * NC * B * NH.
+    """dk of one chunk, for one tile of its columns, and the state's part of k . dk. Grid: (tiles of DQK) * NC * B * NH.
 
-        dP^T (L x L)      Q (L x DQK)      loop over DHV: dP^T += V dH^T, dk += V dC^T
-        +---------+       +---+---+        then dP^T = (r * dP^T + delta) * W^T,
-        | x x x   |       |   | x |        dk = s * dP^T Q + w_end * (dk + dn)
-        |   x x   |   @   |   | x |
-        |     x   |       |   | x |        dP^T is formed as it is used, not by turning dP round: some versions
-        +---------+       +---+---+        of Triton get that wrong on Hopper.
+    dP^T (L x L)      Q (L x DQK)      loop over DHV: dP^T += V dH^T, dk += V dC^T
+    +---------+       +---+---+        then dP^T = (r * dP^T + delta) * W^T,
+    | x x x   |       |   | x |        dk = s * dP^T Q + w_end * (dk + dn)
+    |   x x   |   @   |   | x |
+    |     x   |       |   | x |        dP^T is formed as it is used, not by turning dP round: some versions
+    +---------+       +---+---+        of Triton get that wrong on Hopper.
     """
     tile_k, c, bh = chunk_of_program(tl.cdiv(DQK, BLOCK_DQK), NC)
     offs_l = tl.arange(0, L)
@@ -457,9 +485,9 @@ def dk_kernel(
         offs_v = start + tl.arange(0, BLOCK_DHV)
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
-        dC = load_tile(dC_ptr + (border + 1) * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV).to(DOT)
+        dC = load_tile(dC_ptr + (border + 1) * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)
         dP_T = tl.dot(v, tl.trans(dh), dP_T, input_precision=PRECISION)
-        dk = tl.dot(v, tl.trans(dC), dk, input_precision=PRECISION)
+        dk = tl.dot(v, tl.trans(operand(dC, DOT, PRECISION)), dk, input_precision=PRECISION)
 
     _, b_m, _ = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
     u = tl.load(u_ptr + offs_gate)
@@ -471,11 +499,11 @@ def dk_kernel(
     dP_T = (dP_T * r[None, :] + delta[None, :]) * (s * gate_weights_transposed(b_m, u, L))  # (L, L)
 
     q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
-    dk = (dk + dn[None, :]) * w_end[:, None]
-    dk = tl.dot(dP_T.to(DOT), q, dk, input_precision=PRECISION)
-    store_tile(dk_ptr, dk, offs_t, offs_k, stride_dt, T, DQK)
     k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32)
+    dk = (dk + dn[None, :]) * w_end[:, None]
     k_dk = tl.sum(k * dk, axis=1)
+    dk = tl.dot(operand(dP_T, DOT, PRECISION), q, dk, input_precision=PRECISION)
+    store_tile(dk_ptr, dk, offs_t, offs_k, stride_dt, T, DQK)
     BH = tl.num_programs(0) // tl.cdiv(DQK, BLOCK_DQK) // NC
     tl.store(k_dk_ptr + (tile_k.to(tl.int64) * BH + bh) * T + offs_t, k_dk, mask=offs_t < T)
 
@@ -491,12 +519,12 @@ def dv_kernel(
 ):  # fmt: skip
     """dv of one chunk, for one tile of its columns. Grid: (tiles of DHV) * NC * B * NH.
 
-        P^T (L x L)       dH (L x DHV)     loop over DQK: P^T += K Q^T, dv += K dC
-        +---------+       +---+---+        then P^T = s * r * P^T * W^T, dv = P^T dH + w_end * dv
-        | x x x   |       |   | x |
-        |   x x   |   @   |   | x |
-        |     x   |       |   | x |
-        +---------+       +---+---+
+    P^T (L x L)       dH (L x DHV)     loop over DQK: P^T += K Q^T, dv += K dC
+    +---------+       +---+---+        then P^T = s * r * P^T * W^T, dv = P^T dH + w_end * dv
+    | x x x   |       |   | x |
+    |   x x   |   @   |   | x |
+    |     x   |       |   | x |
+    +---------+       +---+---+
     """
     tile_v, c, bh = chunk_of_program(tl.cdiv(DHV, BLOCK_DHV), NC)
     offs_l = tl.arange(0, L)
@@ -514,9 +542,9 @@ def dv_kernel(
         offs_k = start + tl.arange(0, BLOCK_DQK)
         q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
         k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
-        dC = load_tile(dC_ptr + (border + 1) * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV).to(DOT)
+        dC = load_tile(dC_ptr + (border + 1) * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)
         P_T = tl.dot(k, tl.trans(q), P_T, input_precision=PRECISION)
-        dv = tl.dot(k, dC, dv, input_precision=PRECISION)
+        dv = tl.dot(k, operand(dC, DOT, PRECISION), dv, input_precision=PRECISION)
 
     _, b_m, _ = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
     u = tl.load(u_ptr + offs_gate)
@@ -526,17 +554,17 @@ def dv_kernel(
     P_T = P_T * gate_weights_transposed(b_m, u, L) * (s * r)[None, :]  # (L, L)
 
     dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
-    dv = tl.dot(P_T.to(DOT), dh, dv * w_end[:, None], input_precision=PRECISION)
+    dv = tl.dot(operand(P_T, DOT, PRECISION), dh, dv * w_end[:, None], input_precision=PRECISION)
     store_tile(dv_ptr, dv, offs_t, offs_v, stride_dt, T, DHV)
 
 
 @triton.jit
 def dgates_kernel(
-    f_ptr, q_dq_ptr, k_dk_ptr, overlap_ptr, di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
+    f_ptr, q_dq_ptr, k_dk_ptr, X_column_ptr, overlap_ptr, di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
     stride_fb, stride_fh, stride_ft, stride_ib, stride_ih, stride_it, stride_db, stride_dh, stride_dt,
-    T, NC, NH, TILES_K, TILES_C, L: tl.constexpr,
+    T, NC, NH, TILES_DQ, TILES_DK, TILES_C, DQK: tl.constexpr, BLOCK_DQK: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """di and df of one chunk: di = k . dk, df_bar_t = sum over r >= t of (q . dq - k . dk) + overlap. Grid: NC * B * NH.
+    """di = k . dk and df_bar_t = sum over r >= t of (q . dq - k . dk) + overlap, of one chunk. Grid: NC * B * NH.
 
     The sum ends at the chunk's border, and <C'_c, dC'_c> stands for all that is behind it, so that no rounding error
     travels from chunk to chunk. The parts that the tiles left are added up here, always in the same order.
@@ -547,16 +575,20 @@ def dgates_kernel(
     offs_t = (c * L + offs_l).to(tl.int64)
     mask = offs_t < T
 
-    q_dq, k_dk = tl.zeros((L,), dtype=tl.float32), tl.zeros((L,), dtype=tl.float32)
-    for tile in range(TILES_K):
+    q_dq = tl.zeros((L,), dtype=tl.float32)
+    k_dk = tl.load(X_column_ptr + bh * T + offs_t, mask=mask, other=0.0)
+    for tile in range(TILES_DQ):
         q_dq += tl.load(q_dq_ptr + (tile * BH + bh) * T + offs_t, mask=mask, other=0.0)
+    for tile in range(TILES_DK):
         k_dk += tl.load(k_dk_ptr + (tile * BH + bh) * T + offs_t, mask=mask, other=0.0)
-    overlap = 0.0
+    offs_k = tl.arange(0, BLOCK_DQK)
+    overlap = tl.zeros((BLOCK_DQK,), dtype=tl.float32)
     for tile in range(TILES_C):
-        overlap += tl.load(overlap_ptr + (tile * BH + bh) * (NC + 1) + c + 1)
+        border = (tile * BH + bh) * (NC + 1) + c + 1
+        overlap += tl.load(overlap_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
 
     x = tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq - k_dk)[None, :], 0.0)
-    df_bar, di = tl.sum(x, axis=1) + overlap, k_dk
+    df_bar, di = tl.sum(x, axis=1) + tl.sum(overlap), k_dk
     if di_rest_ptr is not None:
         di += tl.load(di_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
         df_bar += tl.load(df_bar_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
@@ -574,35 +606,58 @@ def dgates_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of on-chip memory that one program may use."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 65536)
+def describe_gpu(device: torch.device) -> tuple[bool, int]:
+    """Whether it is an AMD GPU, and the bytes of on-chip (shared) memory that one program may use there."""
+    if INTERPRETED:
+        return False, 232448  # the interpreter has no limit: run what an H100 would run
+    hip = torch.version.hip is not None
+    return hip, 65536 if hip else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def launch_options(q: Tensor, v: Tensor, chunk_size: int) -> dict:
-    """Everything about a launch that is compiled into the kernels: sizes, tiles, number formats."""
-    DQK, DHV, L = q.shape[-1], v.shape[-1], chunk_size
+# What a program holds at once, kernel by kernel: BLOCK_DQK, BLOCK_DHV, num_warps, num_stages; chosen on an H200 at
+# L = 64 and head dimensions 128 and 256, among what the compiler fits into registers.
+TILES_BFLOAT16 = {
+    "states": (64, 128, 4, 3),
+    "h": (64, 128, 8, 1),
+    "dstates": (64, 64, 4, 3),
+    "dq": (128, 64, 8, 1),
+    "dk": (128, 64, 8, 3),
+    "dv": (64, 128, 8, 1),
+}
+
+
+def launch_options(kernel: str, q: Tensor, v: Tensor, L: int) -> dict:
+    """Everything about a launch that is compiled into the kernel: sizes, tiles, number formats."""
+    DQK, DHV = q.shape[-1], v.shape[-1]
+    hip, shared_memory = describe_gpu(q.device)
     bfloat16 = q.dtype == torch.bfloat16 and not INTERPRETED
-    if bfloat16 or torch.version.hip:
+    if bfloat16 or hip:
         precision = "ieee"
     else:
         precision = "tf32" if q.dtype == torch.float16 else "tf32x3"
-    roomy = INTERPRETED or shared_memory_limit(q.device) > 150_000
-    largest = (128 if L <= 64 else 64) if bfloat16 and roomy else 64 if roomy else 32
+    if bfloat16 and L <= 64 and shared_memory > 150_000:
+        block_k, block_v, num_warps, num_stages = TILES_BFLOAT16[kernel]
+    else:
+        block_k = block_v = 64 if shared_memory > 150_000 else 32
+        num_warps, num_stages = 8 if L == 128 else 4, 1
     return {
         "DQK": DQK, "DHV": DHV, "L": L,
-        "BLOCK_DQK": min(largest, max(16, triton.next_power_of_2(DQK))),
-        "BLOCK_DHV": min(largest, max(16, triton.next_power_of_2(DHV))),
+        "BLOCK_DQK": min(block_k, max(16, triton.next_power_of_2(DQK))),
+        "BLOCK_DHV": min(block_v, max(16, triton.next_power_of_2(DHV))),
         "DOT": tl.bfloat16 if bfloat16 else tl.float32, "PRECISION": precision,
-        "num_warps": 8 if L == 128 else 4,
+        "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
 
 
-def run_states(k, v, i, f, state, o) -> tuple[Tensor, ...]:
+def tiles(o: dict) -> tuple[int, int]:
+    """How many tiles the head dimensions are cut into."""
+    return triton.cdiv(o["DQK"], o["BLOCK_DQK"]), triton.cdiv(o["DHV"], o["BLOCK_DHV"])
+
+
+def run_states(k, v, i, f, state, L: int) -> tuple[Tensor, ...]:
     """gates_kernel and states_kernel: b, u, m_intra; C, n, m at all borders; the final C in float32."""
-    B, NH, T, _ = k.shape
-    L, NC, DQK, DHV = o["L"], triton.cdiv(T, o["L"]), o["DQK"], o["DHV"]
+    (B, NH, T, DQK), DHV, NC = k.shape, v.shape[-1], triton.cdiv(k.shape[2], L)
+    o = launch_options("states", k, v, L)
     gates = {"dtype": torch.float64, "device": k.device}
     b, u = torch.empty(B * NH, NC * L, **gates), torch.empty(B * NH, NC * L, **gates)
     m_intra, n, m, C_T = (
@@ -610,10 +665,11 @@ def run_states(k, v, i, f, state, o) -> tuple[Tensor, ...]:
         for shape in ((B * NH, NC * L), (B, NH, NC + 1, DQK), (B, NH, NC + 1), (B, NH, DQK, DHV))
     )
     # The states go into the matrix unit again: they are stored as they will be multiplied.
-    C = torch.empty(B, NH, NC + 1, DQK, DHV, dtype=k.dtype if o["DOT"] == tl.bfloat16 else torch.float32, device=k.device)
+    dtype_C = torch.bfloat16 if o["DOT"] == tl.bfloat16 else torch.float32
+    C = torch.empty(B, NH, NC + 1, DQK, DHV, dtype=dtype_C, device=k.device)
     gates_kernel[(NC * B * NH,)](i, f, b, u, m_intra, *i.stride(), *f.stride(), T, NC, NH, L)
-    tiles = triton.cdiv(DQK, o["BLOCK_DQK"]) * triton.cdiv(DHV, o["BLOCK_DHV"])
-    states_kernel[(tiles, B * NH)](
+    tiles_k, tiles_v = tiles(o)
+    states_kernel[(tiles_k * tiles_v, B * NH)](
         k, v, b, u, m_intra, *state, C, n, m, C_T, *k.stride()[:3], *v.stride()[:3], T, NC, NH, **o
     )
     return b, u, m_intra, C, n, m, C_T
@@ -623,8 +679,7 @@ def contiguous_state(C: Tensor | None, n: Tensor | None, m: Tensor | None) -> li
     return [None if x is None else x.contiguous() for x in (C, n, m)]
 
 
-@torch.library.custom_op("tfla::mlstm_limit_chunk", mutates_args=())
-def forward_op(
+def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -635,70 +690,82 @@ def forward_op(
     if h.numel() == 0:
         C_T, n_T, m_T = _empty_state(q, v) if C_0 is None else [x.clone() for x in state]
         return h, C_T, n_T, m_T, S
-    o, NC = launch_options(q, v, chunk_size), triton.cdiv(T, chunk_size)
-    b, u, m_intra, C, n, m, C_T = run_states(k, v, i, f, state, o)
-    h_kernel[(triton.cdiv(o["DHV"], o["BLOCK_DHV"]) * NC * B * NH,)](
+    b, u, m_intra, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
+    o, NC = launch_options("h", q, v, chunk_size), triton.cdiv(T, chunk_size)
+    h_kernel[(tiles(o)[1] * NC * B * NH,)](
         q, k, v, b, u, m_intra, C, n, m, h, S,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *h.stride()[:3], T, NC, NH, o["DQK"] ** -0.5, **o,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *h.stride()[:3], T, NC, NH, q.shape[-1] ** -0.5, **o,
     )  # fmt: skip
     return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), S
 
 
-@torch.library.custom_op("tfla::mlstm_limit_chunk_backward", mutates_args=())
-def backward_op(
+def launch_backward(
     dh: Tensor, dC_T: Tensor | None, dn_T: Tensor | None, dm_T: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, h: Tensor, S: Tensor, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, di, df, dC_0, dn_0, dm_0. The states are computed again: to keep them would cost more memory than q, k, v."""
-    B, NH, T, _ = q.shape
+    """dq, dk, dv, di, df, dC_0, dn_0, dm_0. The states are computed again: to keep them would cost a GiB and more."""
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
     dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
     dC_0, dn_0, dm_0 = _empty_state(q, v) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
     if h.numel() == 0:
         return dq, dk, dv, di, df, dC_0, dn_0, dm_0
-    o, NC, s = launch_options(q, v, chunk_size), triton.cdiv(T, chunk_size), q.shape[-1] ** -0.5
+    NC, s = triton.cdiv(T, chunk_size), q.shape[-1] ** -0.5
     dh = dh if dh.stride(-1) == 1 else dh.contiguous()
     state, dstate = contiguous_state(C_0, n_0, m_0), contiguous_state(dC_T, dn_T, None)
-    TILES_K, TILES_V = triton.cdiv(o["DQK"], o["BLOCK_DQK"]), triton.cdiv(o["DHV"], o["BLOCK_DHV"])
-    b, u, m_intra, C, n, m, _ = run_states(k, v, i, f, state, o)
+    b, u, m_intra, C, n, m, _ = run_states(k, v, i, f, state, chunk_size)
 
-    r, delta, overlap, q_dq, k_dk = (
-        torch.empty(shape, dtype=torch.float32, device=q.device)
-        for shape in ((B, NH, T), (B, NH, T), (TILES_K * TILES_V, B, NH, NC + 1), (TILES_K, B, NH, T), (TILES_K, B, NH, T))
-    )
-    dC, dn = torch.empty_like(C), torch.empty_like(n)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
     strides_q, strides_k, strides_v, strides_dh = (x.stride()[:3] for x in (q, k, v, dh))
     sizes = (T, NC, NH, s)
+    r, delta = empty(B, NH, T), empty(B, NH, T)
     delta_kernel[(NC * B * NH,)](
         dh, h, S, b, m_intra, m, r, delta, *strides_dh, *h.stride()[:3], T, NC, NH,
-        **{name: o[name] for name in ("DHV", "L", "BLOCK_DHV", "num_warps")},
+        DHV, chunk_size, min(128, triton.next_power_of_2(DHV)),
     )  # fmt: skip
-    dstates_kernel[(TILES_K * TILES_V, B * NH)](
-        q, dh, b, m_intra, r, delta, C, n, m, *dstate[:2], dC, dn, overlap, dC_0, dn_0, *strides_q, *strides_dh, *sizes, **o
-    )
-    dq_kernel[(TILES_K * NC * B * NH,)](
-        q, k, v, dh, b, u, m_intra, r, delta, C, n, m, dq, q_dq,
+
+    o = launch_options("dstates", q, v, chunk_size)
+    tiles_k, tiles_v = tiles(o)
+    dC, dn, overlap = torch.empty_like(C), torch.empty_like(n), empty(tiles_v, B, NH, NC + 1, DQK)
+    dstates_kernel[(tiles_k * tiles_v, B * NH)](
+        q, dh, b, m_intra, r, delta, C, n, m, *dstate[:2], dC, dn, overlap, dC_0, dn_0,
+        *strides_q, *strides_dh, *sizes, **o,
+    )  # fmt: skip
+    o = launch_options("dq", q, v, chunk_size)
+    q_dq, X_column = empty(tiles(o)[0], B, NH, T), empty(B, NH, T)
+    dq_kernel[(tiles(o)[0] * NC * B * NH,)](
+        q, k, v, dh, b, u, m_intra, r, delta, C, n, m, dq, q_dq, X_column,
         *strides_q, *strides_k, *strides_v, *strides_dh, *dq.stride()[:3], *sizes, **o,
     )  # fmt: skip
-    dk_kernel[(TILES_K * NC * B * NH,)](
+    o = launch_options("dk", q, v, chunk_size)
+    k_dk = empty(tiles(o)[0], B, NH, T)
+    dk_kernel[(tiles(o)[0] * NC * B * NH,)](
         q, k, v, dh, b, u, m_intra, r, delta, dC, dn, m, dk, k_dk,
         *strides_q, *strides_k, *strides_v, *strides_dh, *dk.stride()[:3], *sizes, **o,
     )  # fmt: skip
-    dv_kernel[(TILES_V * NC * B * NH,)](
+    o = launch_options("dv", q, v, chunk_size)
+    dv_kernel[(tiles(o)[1] * NC * B * NH,)](
         q, k, dh, b, u, m_intra, r, dC, m, dv, *strides_q, *strides_k, *strides_dh, *dv.stride()[:3], *sizes, **o
     )
 
-    overlap_0, overlap_T = overlap[..., 0].sum(dim=0), overlap[..., -1].sum(dim=0)
+    overlap_0, overlap_T = overlap[..., 0, :].sum(dim=(0, -1)), overlap[..., -1, :].sum(dim=(0, -1))
     di_rest, df_bar_rest, dm_0_rest = None, None, 0
     if dC_T is not None:
         m_0 = torch.zeros_like(dm_T) if m_0 is None else m_0
         di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_0, dm_T - overlap_T)
         di_rest, df_bar_rest = di_rest.float().contiguous(), df_bar_rest.float().contiguous()
     dgates_kernel[(NC * B * NH,)](
-        f, q_dq, k_dk, overlap, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
-        T, NC, NH, TILES_K, TILES_K * TILES_V, chunk_size,
+        f, q_dq, k_dk, X_column, overlap, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
+        T, NC, NH, q_dq.shape[0], k_dk.shape[0], tiles_v, DQK, triton.next_power_of_2(DQK), chunk_size,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0, dn_0, overlap_0 + dm_0_rest
+
+
+# torch.compile sees each of the two as one operation that it need not look into.
+forward_op = torch.library.custom_op("tfla::mlstm_limit_chunk", launch_forward, mutates_args=())
+backward_op = torch.library.custom_op("tfla::mlstm_limit_chunk_backward", launch_backward, mutates_args=())
 
 
 @forward_op.register_fake

@@ -1,0 +1,162 @@
+"""Compile the Triton kernels ahead of time, for GPUs that need not be there.
+
+    python -m tfla_lab.aot --target sm_90 [--verbose]
+
+runs the launchers of a kernel file on tensors without data, catches every launch, and compiles it for the target as the
+launch would have. So exactly what a user's call compiles is compiled, with the tiles that the launcher picks. Reported
+per kernel: shared memory against what the target has and, for NVIDIA, registers and the stack (bytes that spilled out
+of registers). Exit status 1 if one does not compile or needs too much shared memory.
+"""
+
+import argparse
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# Shared memory per program in bytes.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 166912),
+    "sm_90": ("cuda", 90, 32, 232448),
+    "sm_100": ("cuda", 100, 32, 232448),
+    "gfx942": ("hip", "gfx942", 64, 65536),
+}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Launch:
+    """One caught launch: which kernel, and everything that its compilation depends on."""
+
+    def __init__(self, kernel, args, kwargs):
+        import torch
+
+        names = kernel.arg_names
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+        pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+        self.kernel, self.options, self.signature, self.constexprs, self.attrs = kernel, options, {}, {}, {}
+        for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
+            value = values[name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                self.signature[name], self.constexprs[(index,)] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                self.signature[name] = pointer[value.dtype]
+            else:
+                self.signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                self.attrs[(index,)] = [["tt.divisibility", 16]]
+
+    def key(self) -> str:
+        return repr((self.kernel.fn.__qualname__, self.signature, self.constexprs, self.attrs, self.options))
+
+    def compile(self, target: str) -> dict:
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        backend, arch, warp_size, limit = TARGETS[target]
+        source = triton.compiler.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+        compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=self.options)
+        row = {"kernel": self.kernel.fn.__name__, "shared": compiled.metadata.shared, "limit": limit}
+        if backend == "cuda":
+            row |= resource_usage(compiled.asm["cubin"])
+        return row
+
+
+def resource_usage(cubin: bytes) -> dict:
+    """Registers and stack bytes, as cuobjdump (it comes with Triton) reads them off the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
+
+
+def limit_chunk_launches(target: str, dtype: str, sizes=((128, 256),), chunk_sizes=(16, 32, 64, 128)):
+    """(label, launches) of mlstm_limit_chunk, forward and backward, for every chunk size."""
+    import mlstm_limit_chunk as stage
+    import torch
+
+    stage.describe_gpu = lambda device: (TARGETS[target][0] == "hip", TARGETS[target][3])
+    for (DQK, DHV), L in ((size, L) for size in sizes for L in chunk_sizes):
+        B, NH, T = 2, 4, 1024
+        options = {"dtype": getattr(torch, dtype), "device": "meta"}
+        q, k, v, h = (torch.empty(B, NH, T, D, **options) for D in (DQK, DQK, DHV, DHV))
+        options["dtype"] = torch.float32
+        i, f, S = (torch.empty(B, NH, T, **options) for _ in range(3))
+        state = [torch.empty(*shape, **options) for shape in ((B, NH, DQK, DHV), (B, NH, DQK), (B, NH))]
+        with catch_launches() as launches:
+            stage.launch_forward(q, k, v, i, f, None, None, None, L)
+            stage.launch_forward(q, k, v, i, f, *state, L)
+            stage.launch_backward(h, None, None, None, q, k, v, i, f, None, None, None, h, S, L)
+            stage.launch_backward(h, *state, q, k, v, i, f, *state, h, S, L)
+        yield f"{dtype} {DQK}/{DHV} L={L}", launches
+
+
+class catch_launches:
+    """Within it a kernel[grid](...) is not run but appended, once each, to the list that it gives."""
+
+    def __enter__(self) -> list[Launch]:
+        from triton.runtime.jit import JITFunction
+
+        self.run, self.launches, seen = JITFunction.run, [], set()
+
+        def run(kernel, *args, grid, warmup, **kwargs):
+            launch = Launch(kernel, args, kwargs)
+            if launch.key() not in seen:
+                seen.add(launch.key())
+                self.launches.append(launch)
+
+        assert "grid" in inspect.signature(JITFunction.run).parameters
+        JITFunction.run = run
+        return self.launches
+
+    def __exit__(self, *_) -> None:
+        from triton.runtime.jit import JITFunction
+
+        JITFunction.run = self.run
+
+
+def compile_dtype(target: str, dtype: str) -> list[dict]:
+    rows = []
+    for label, launches in limit_chunk_launches(target, dtype):
+        for launch in launches:
+            try:
+                row = launch.compile(target)
+                row["error"] = "" if row["shared"] <= row["limit"] else "too much shared memory"
+            except Exception as error:  # whatever the compiler raises is the result
+                row = {"kernel": launch.kernel.fn.__name__, "error": f"{type(error).__name__}: {error}"[:300]}
+            rows.append({"target": target, "configuration": label, **row})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tfla_lab.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="may be given more than once; default: all")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="likewise")
+    parser.add_argument("--verbose", action="store_true", help="print every kernel, not only what fails or spills")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("Triton's interpreter is on: unset TRITON_INTERPRET")
+
+    # One process a job: some versions of the compiler end the whole process on some kernels.
+    jobs = [(t, d) for t in arguments.target or TARGETS for d in arguments.dtype or DTYPES]
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        rows = [row for result in pool.map(compile_dtype, *zip(*jobs, strict=True)) for row in result]
+    for row in rows:
+        if arguments.verbose or row["error"] or row.get("stack"):
+            print(*(f"{name}={value}" for name, value in row.items() if value != ""))
+    bad = sum(1 for row in rows if row["error"])
+    print(f"{len(rows)} kernels compiled, {bad} failed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

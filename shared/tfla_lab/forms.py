@@ -1,0 +1,106 @@
+"""The forms of the mLSTM that the stages contain, and one way to run them all, forward and backward.
+
+A form that is not there (a file of a later stage, or Triton on a machine that has none) is left out or says why.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfla_lab.check import to_numpy
+from tfla_lab.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Form:
+    """One function with the signature (q, k, v, i, f, *, initial_state, return_state)."""
+
+    name: str  # of the function
+    stage: str  # "01" .. "05"
+    module: str
+    library: str  # "numpy", "torch" or "triton"
+    chunked: bool = False
+
+    def load(self) -> Callable:
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def missing(self) -> str:
+        """Why it cannot run here; empty if it can."""
+        if importlib.util.find_spec(self.module) is None:
+            return f"stage {self.stage} is not installed: pip install -e ."
+        if self.library == "triton" and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (there is none for this system)"
+        if self.library == "triton" and not interpreted() and not has_gpu():
+            return "no GPU here, and TRITON_INTERPRET=1 is not set"
+        return ""
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("mlstm_recurrent", "01", "mlstm_recurrent", "numpy"),
+        Form("mlstm_parallel", "02", "mlstm_parallel", "torch"),
+        Form("mlstm_chunkwise", "03", "mlstm_chunkwise", "torch", chunked=True),
+        Form("mlstm_limit_chunk", "03", "mlstm_limit_chunk", "triton", chunked=True),
+    )
+}
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def oracle(
+    inputs: Inputs, dh: Any, *, initial_state: tuple | None = None, dstate: tuple | None = None
+) -> dict[str, np.ndarray]:
+    """Stage 01 in float64 on the same numbers: h, C, n, m, dq, dk, dv, di, df, dC_0, dn_0, dm_0."""
+    from mlstm_recurrent import mlstm_recurrent, mlstm_recurrent_backward
+
+    q, k, v, i, f = (to_numpy(x) for x in inputs)
+    state = None if initial_state is None else tuple(to_numpy(x) for x in initial_state)
+    dstate = None if dstate is None else tuple(to_numpy(x) for x in dstate)
+    h, (C, n, m) = mlstm_recurrent(q, k, v, i, f, initial_state=state, return_state=True)
+    gradients = mlstm_recurrent_backward(to_numpy(dh), q, k, v, i, f, initial_state=state, dstate=dstate)
+    named = dict(zip(("dq", "dk", "dv", "di", "df"), gradients[:5], strict=True))
+    return {"h": h, "C": C, "n": n, "m": m, **named, **dict(zip(("dC_0", "dn_0", "dm_0"), gradients[5], strict=True))}
+
+
+def run_torch(
+    function: Callable,
+    inputs: Inputs,
+    dh: Any,
+    *,
+    initial_state: tuple | None = None,
+    dstate: tuple | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs a form on torch tensors, forward and backward through autograd, and names what comes out as oracle does.
+
+    dC_0, dn_0, dm_0 are there only with an initial state, and C, n, m always. `dstate` is the gradient of the returned
+    state. Where the memory layout of an input matters, it is kept.
+    """
+    import torch
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    state = None if initial_state is None else tuple(x.detach().requires_grad_() for x in initial_state)
+    h, final = function(*leaves, initial_state=state, return_state=True, **options)
+    outputs, gradients = [h], [dh]
+    if dstate is not None:
+        outputs, gradients = [h, *final], [dh, *dstate]
+    wanted = leaves + list(state or ())
+    results = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, materialize_grads=True)
+    names = ("dq", "dk", "dv", "di", "df", "dC_0", "dn_0", "dm_0")[: len(wanted)]
+    C, n, m = (x.detach() for x in final)
+    return {"h": h.detach(), "C": C, "n": n, "m": m, **dict(zip(names, results, strict=True))}
