@@ -179,7 +179,7 @@ def mlstm_parallel(
     _check_inputs(q, k, v, i, f, initial_state)
     state = _empty_state(q, v) if initial_state is None else tuple(initial_state)
     if q.shape[2] == 0:
-        h = torch.empty_like(v)
+        h = v.clone()  # no steps: empty, and the state as it was
     else:
         h, *state = _Parallel.apply(q, k, v, i, f, *state)
     return (h, tuple(state)) if return_state else h

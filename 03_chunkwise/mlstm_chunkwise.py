@@ -219,7 +219,7 @@ def mlstm_chunkwise(
         raise ValueError(f"chunk_size must be a power of two >= 16, got {chunk_size!r}")
     state = _empty_state(q, v) if initial_state is None else tuple(initial_state)
     if q.shape[2] == 0:
-        h = torch.empty_like(v)
+        h = v.clone()  # no steps: empty, and the state as it was
     else:
         h, *state = _Chunkwise.apply(chunk_size, q, k, v, i, f, *state)
     return (h, tuple(state)) if return_state else h

@@ -10,6 +10,7 @@ of registers). Exit status 1 if one does not compile or needs too much shared me
 
 import argparse
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -137,12 +138,13 @@ def compile_dtype(target: str, dtype: str) -> list[dict]:
     return rows
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tfla_lab.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="may be given more than once; default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="likewise")
     parser.add_argument("--verbose", action="store_true", help="print every kernel, not only what fails or spills")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="print every kernel, as JSON and nothing else")
+    arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("Triton's interpreter is on: unset TRITON_INTERPRET")
 
@@ -150,10 +152,13 @@ def main() -> int:
     jobs = [(t, d) for t in arguments.target or TARGETS for d in arguments.dtype or DTYPES]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         rows = [row for result in pool.map(compile_dtype, *zip(*jobs, strict=True)) for row in result]
+    bad = sum(1 for row in rows if row["error"])
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return 1 if bad else 0
     for row in rows:
         if arguments.verbose or row["error"] or row.get("stack"):
             print(*(f"{name}={value}" for name, value in row.items() if value != ""))
-    bad = sum(1 for row in rows if row["error"])
     print(f"{len(rows)} kernels compiled, {bad} failed")
     return 1 if bad else 0
 

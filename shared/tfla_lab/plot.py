@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle
@@ -40,8 +40,8 @@ STATES = {"facecolor": "#EDEDED", "edgecolor": "#A8A8A8", "hatch": "\\\\\\\\"}
 MOST_CHARACTERS = 80
 # Longer lines than this are drawn as the worst of each of so many windows.
 MOST_POINTS = 128
-# A logarithmic colour scale ends this far below its largest weight; what lies below has the darkest colour.
-LOG_RANGE = 1e-8
+# A logarithmic colour scale ends so many decades below its largest weight; what lies below has the darkest colour.
+DECADES = 8
 
 STYLE = {
     "figure.dpi": 90,
@@ -130,25 +130,29 @@ def gate_matrix(
     shown = np.ma.masked_where(~np.isfinite(D) | (D == 0), D)
     if log and shown.count() and shown.min() < 0:
         raise ValueError(f"log needs weights >= 0, got {shown.min():.3g}: pass the weights, not their logarithms")
-    low, high = (shown.min(), shown.max()) if shown.count() else (0.1, 1.0)
-    if log:
-        cut = low < high * LOG_RANGE
-        low = max(low, high * LOG_RANGE)
-        norm = LogNorm(low if low < high else high / 10, high)
+    values = np.ma.log10(shown) if log else shown
+    low, high = (float(values.min()), float(values.max())) if values.count() else (0.0, 0.0)
+    if log:  # whole decades, at least one of them
+        high = np.ceil(high)
+        cut, low = low < high - DECADES, np.clip(np.floor(low), high - DECADES, high - 1)
     else:
-        cut, norm = False, Normalize(min(low, 0), high if high > min(low, 0) else 1)
+        cut, low = False, min(low, 0)
+    norm = Normalize(low, high if high > low else low + 1)
 
     ax = _axes(ax, (5.2, 4.4))
     ax.patch.set(facecolor=PALE, hatch="////", edgecolor="#CFCFCF", linewidth=0)
     T = len(D)
-    image = ax.imshow(shown, cmap=HEAT, norm=norm, interpolation="nearest", extent=(-0.5, T - 0.5, T - 0.5, -0.5))
+    image = ax.imshow(values, cmap=HEAT, norm=norm, interpolation="nearest", extent=(-0.5, T - 0.5, T - 0.5, -0.5))
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.9, pad=0.02, extend="min" if cut else "neither")
     bar.set_label("weight (log scale)" if log else "weight")
+    if log:
+        decades = np.arange(low, high + 1)
+        bar.set_ticks(decades, labels=[f"$10^{{{decade:g}}}$" for decade in decades])
     bar.outline.set_visible(False)
     ax.spines[:].set_visible(False)
     if T <= 8:
         for t, j in np.argwhere(~np.ma.getmaskarray(shown)):
-            dark = norm(shown[t, j]) < 0.5
+            dark = norm(values[t, j]) < 0.5
             ax.text(j, t, f"{shown[t, j]:.3g}", ha="center", va="center", color="white" if dark else "black")
     if tokens is not None and 0 < T <= MOST_CHARACTERS // 2:
         labels = _characters(tokens)
@@ -242,7 +246,7 @@ def chunk_map(
             for row in range(start, stop, rows):
                 for column in range(start, min(row + rows, stop), columns):
                     box = _box(column, min(column + columns, stop), row, min(row + rows, stop))
-                    (full if column + columns <= row + 1 else cut).append(box)
+                    (full if min(column + columns, stop) <= row + 1 else cut).append(box)
         edge = {"edgecolor": "white", "linewidth": 0.8 if len(full) + len(cut) < 2000 else 0.2}
         ax.add_collection(PolyCollection(full, facecolor=BLUE, **edge))
         ax.add_collection(PolyCollection(cut, facecolor=SKY, **edge))
@@ -348,9 +352,9 @@ def cost_over_T(
         there = np.isfinite(y) & (y > 0)
         ax.plot(T[there], y[there], label=label, **_line(number))
         lengths, values = [*lengths, *T[there]], [*values, *y[there]]
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     if values:
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
         # The guides start below the cheapest of the first values, where they hide nothing.
         T = np.array([min(lengths), max(lengths)])
         start = min(y for t, y in zip(lengths, values, strict=True) if t == T[0]) / 2
@@ -374,6 +378,7 @@ def cost_over_T(
 # One computation in five forms
 # ---------------------------------------------------------------------------------------------------------------------
 STEPS, CHUNK = 12, 4  # of the sequence that the panels draw
+HEIGHT = 13.3  # of a panel, in the units of its own axes: a step is 1
 
 
 def _arrow(ax: Axes, start: tuple[float, float], stop: tuple[float, float], colour: str = BLACK, **options) -> None:
@@ -383,7 +388,7 @@ def _arrow(ax: Axes, start: tuple[float, float], stop: tuple[float, float], colo
 
 def _panel_recurrent(ax: Axes) -> None:
     """A chain of states: each is made from the one before and from one key-value pair, and read by one query."""
-    ax.set(xlim=(-0.3, 18.3), ylim=(STEPS + 1.0, -0.3))
+    ax.set(xlim=(-0.3, 18.3), ylim=(HEIGHT - 0.3, -0.3))
     quiet = {"ha": "center", "va": "center", "fontsize": 10, "color": "#444444"}
     centres = {"1": 1.8, "2": 6.3, "3": 10.8, "T": 16.2}
     for t, x in centres.items():
@@ -406,7 +411,7 @@ def _panel_recurrent(ax: Axes) -> None:
 
 def _square(ax: Axes) -> None:
     """The frame of the T x T square, with its two axes named."""
-    ax.set(xlim=(-1.0, STEPS + 0.3), ylim=(STEPS + 1.0, -0.3))
+    ax.set(xlim=(0.3 - (HEIGHT - STEPS), STEPS + 0.3), ylim=(HEIGHT - 0.3, -0.3))
     ax.add_patch(Rectangle((0, 0), STEPS, STEPS, facecolor="none", edgecolor=GREY, linewidth=0.8, zorder=4))
     ax.text(STEPS / 2, STEPS + 0.7, "written at step $j$", ha="center", va="center", fontsize=8)
     ax.text(-0.7, STEPS / 2, "read at step $t$", ha="center", va="center", fontsize=8, rotation=90)
@@ -445,11 +450,11 @@ def _panel_chunkwise(ax: Axes) -> None:
         _arrow(ax, (start + 0.3, start - 0.25), (stop - 0.1, stop - 0.45), VERMILION, connectionstyle="arc3,rad=-0.45")
 
 
-# stage: (title, caption, width beside the others, what draws it into Axes 13.3 units high)
+# stage: (title, caption, width in the units of HEIGHT, what draws it)
 PANELS: dict[str, tuple[str, str, float, Callable[[Axes], None]]] = {
-    "01": ("01 recurrent", "step by step: each waits for the one before", 18.6, _panel_recurrent),
-    "02": ("02 parallel", "$T × T$ weights, all at once", STEPS + 1.3, _panel_parallel),
-    "03": ("03 chunkwise", "products within chunks, states between", STEPS + 1.3, _panel_chunkwise),
+    "01": ("01 recurrent", "one step after the other", 18.6, _panel_recurrent),
+    "02": ("02 parallel", "all $T × T$ weights at once", HEIGHT, _panel_parallel),
+    "03": ("03 chunkwise", "chunks, and states between", HEIGHT, _panel_chunkwise),
 }
 
 
@@ -466,19 +471,23 @@ def five_forms(path: str | Path | None = None, *, stages: Sequence[str] = ("01",
     for stage in stages:
         if stage not in PANELS:
             raise ValueError(f"stages must be among {', '.join(PANELS)}, got {stage!r}")
+    # Everything is placed by hand, in inches: a layout engine's last digits differ from run to run.
+    widths = [PANELS[stage][2] for stage in stages]
+    unit = min(0.17, 9.4 / sum(widths))
+    top, bottom, tall = 0.32, 0.3, HEIGHT * unit
+    size = 10, top + tall + bottom
+    gap = (size[0] - sum(widths) * unit) / len(stages)
     deterministic = {"svg.hashsalt": "five forms", "svg.fonttype": "path"}
     with plt.rc_context(matplotlib.rcParamsDefault | STYLE | deterministic):
-        widths = {"width_ratios": [PANELS[stage][2] for stage in stages]}
-        figure, axes = plt.subplots(
-            1, len(stages), figsize=(10, 2.9), squeeze=False, layout="constrained", gridspec_kw=widths
-        )
-        for ax, stage in zip(axes[0], stages, strict=True):
-            title, caption, _, draw = PANELS[stage]
-            ax.set_aspect("equal")
+        figure, left = plt.figure(figsize=size), gap / 2
+        for stage in stages:
+            title, caption, width, draw = PANELS[stage]
+            ax = figure.add_axes((left / size[0], bottom / size[1], width * unit / size[0], tall / size[1]))
+            left += width * unit + gap
             ax.axis("off")
             draw(ax)
             ax.set_title(title, fontweight="bold", fontsize=12, pad=4)
-            ax.text(0.5, -0.02, caption, ha="center", va="top", fontsize=9.5, transform=ax.transAxes)
+            ax.text(0.5, -0.02, caption, ha="center", va="top", fontsize=58 * unit, transform=ax.transAxes)
         if path is not None:
             try:
                 figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)

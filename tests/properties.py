@@ -1,0 +1,266 @@
+"""What every form of the mLSTM must satisfy, written once and used by the tests of each stage."""
+
+import os
+
+import hypothesis.strategies as st
+import mlstm_parallel
+import numpy as np
+import torch
+from tfla_lab.check import check, same_gauge, to_numpy
+from tfla_lab.forms import oracle, run_torch
+from tfla_lab.inputs import AWAY_FROM_POLE, REGIMES, Inputs, random_inputs, random_state
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FLOATS = [torch.float64, torch.float32]
+# Triton's interpreter computes nonsense with bfloat16, so that dtype needs a GPU.
+TRITON_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+@st.composite
+def cases(draw, dtypes, *, max_T=80, max_D=24, regimes=tuple(REGIMES), chunk_sizes=(16, 32, 64)):
+    """One drawn case: keyword arguments of compare_with_oracle. Arrays come from the seed.
+
+    In 16 bits the backward pass sees h rounded, and where one step outweighs all others (a single step, the hot regimes)
+    gradients that are exactly 0 come out as that rounding error. Those cases are drawn for the wider dtypes only.
+    """
+    dtype = draw(st.sampled_from(dtypes))
+    rounded = dtype in (torch.float16, torch.bfloat16)
+    regimes = [name for name in regimes if not rounded or name not in AWAY_FROM_POLE]
+    return {
+        "B": draw(st.integers(1, 2)),
+        "NH": draw(st.integers(1, 2)),
+        "T": draw(st.integers(16 if rounded else 1, max_T)),
+        "DQK": draw(st.integers(1, max_D)),
+        "DHV": draw(st.integers(8 if rounded else 1, max_D)),
+        "regime": draw(st.sampled_from(regimes)),
+        "with_state": draw(st.booleans()),
+        "dtype": dtype,
+        "layout": draw(st.sampled_from(["BHTD", "BTHD"])),
+        "seed": draw(st.integers(0, 2**31)),
+        "chunk_size": draw(st.sampled_from(chunk_sizes)),
+    }
+
+
+def make(B, NH, T, DQK, DHV, *, regime="typical", with_state=True, dtype=torch.float64, layout="BHTD", seed=0):
+    """inputs, dh, initial_state, dstate on the test device."""
+    inputs = random_inputs(B, NH, T, DQK, DHV, regime=regime, seed=seed, dtype=dtype, device=DEVICE, layout=layout)
+    dh = random_inputs(B, NH, T, DQK, DHV, seed=seed + 1, dtype=dtype, device=DEVICE, layout=layout).v
+    if not with_state:
+        return inputs, dh, None, None
+    state, dstate = (random_state(B, NH, DQK, DHV, seed=seed + j, dtype=dtype, device=DEVICE) for j in (2, 3))
+    if regime == "saturated":
+        # -1e4 + m_0 must be a float32, or the returned m cannot say what the state is to more than 3 digits.
+        state = (*state[:2], state[2].round())
+    return inputs, dh, state, dstate
+
+
+def summands(inputs: Inputs, dh, state=None, dstate=None) -> dict[str, float]:
+    """The norms of the gradients when every term of their sums is taken by its absolute value.
+
+    Terms may cancel: where one step outweighs all others, h is its v whatever q and k are, and dq, dk, di are exactly
+    0. No arithmetic gets closer to 0 than it rounds the terms.
+    """
+    q, k, v, i, f = (torch.from_numpy(to_numpy(x)) for x in inputs)
+    B, NH, _, DQK, DHV = *q.shape, v.shape[-1]
+    shapes = (B, NH, DQK, DHV), (B, NH, DQK), (B, NH)
+    zeros = [torch.zeros(shape) for shape in shapes]
+    C_0, n_0, m_0 = (torch.from_numpy(to_numpy(x)) for x in (zeros if state is None else state))
+    dC, dn, dm = (torch.from_numpy(to_numpy(x)).abs() for x in (zeros if dstate is None else dstate))
+    _, C, n, _, W, w_state, _, _, D = mlstm_parallel.forward_pass(q, k, v, i, f, C_0, n_0, m_0)
+    g, q, k, v, C_0 = torch.from_numpy(to_numpy(dh)).abs() / D[..., None], q.abs(), k.abs(), v.abs(), C_0.abs()
+    s = DQK**-0.5
+    dP = (g @ v.mT) * W
+    dq = s * (dP @ k) + s * w_state[..., None] * (g @ C_0.mT)
+    dk = s * (dP.mT @ q) + W[..., -1, :, None] * (v @ dC.mT + dn[..., None, :])
+    dC_0 = s * (w_state[..., None] * q).mT @ g + w_state[..., -1, None, None] * dC
+    dn_0 = w_state[..., -1, None] * dn
+    q_dq, k_dk = (q * dq).sum(dim=-1), (k * dk).sum(dim=-1)
+    end = dm + (C.abs() * dC).sum(dim=(-2, -1)) + (n.abs() * dn).sum(dim=-1)  # what m_T hands on
+    start = (C_0 * dC_0).sum(dim=(-2, -1)) + (n_0.abs() * dn_0).sum(dim=-1)
+    terms = {"dq": dq, "dk": dk, "dC_0": dC_0, "di": k_dk + end[..., None], "dm_0": start + end}
+    return {name: float(x.norm()) for name, x in terms.items()} | {"df": float((q_dq + k_dk + end[..., None]).norm())}
+
+
+def compare_with(
+    inputs: Inputs, dh, reference: dict, actual: dict, dtype, *, state=None, dstate=None, chunk_size=None
+) -> None:
+    """All outputs and gradients within the budgets of the dtype; the state in the reference's gauge."""
+    name = str(dtype).removeprefix("torch.")
+    final = same_gauge((actual["C"], actual["n"], actual["m"]), reference["m"])
+    rest = {key: value for key, value in actual.items() if key not in ("C", "n", "m")}
+    expected_final = same_gauge((reference["C"], reference["n"], reference["m"]), reference["m"])
+    scales = summands(inputs, dh, state, dstate) if inputs.q.shape[2] <= 200 else {}
+    check(rest, reference, dtype=name, scales=scales, chunk_size=chunk_size, verbose=False)
+    check(final, expected_final, dtype=name, verbose=False)
+
+
+def compare_with_oracle(function, B, NH, T, DQK, DHV, *, regime, with_state, dtype, layout, seed, chunk_size=None):
+    """A form against stage 01 in float64: h, five gradients, the state and its gradients."""
+    inputs, dh, state, dstate = make(
+        B, NH, T, DQK, DHV, regime=regime, with_state=with_state, dtype=dtype, layout=layout, seed=seed
+    )
+    options = {} if chunk_size is None else {"chunk_size": chunk_size}
+    # At +-10^4 and +-50 several steps tie exactly for the largest weight. m_T has no gradient there, and a gradient of
+    # the returned state by itself would ask for it.
+    dstate = None if regime in ("saturated", "fifty") else dstate
+    actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    reference = oracle(inputs, dh, initial_state=state, dstate=dstate)
+    compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
+
+
+def cut(inputs: Inputs, start: int | None, end: int | None) -> Inputs:
+    return Inputs(*(x[:, :, start:end] for x in inputs))
+
+
+def causality(function, dtype, T=70, t=40, **options) -> None:
+    """h up to step t does not change by a bit when everything after it changes, and gets no gradient from there."""
+    inputs, *_ = make(1, 2, T, 12, 20, dtype=dtype)
+    other, *_ = make(1, 2, T, 12, 20, dtype=dtype, seed=9, regime="hot")
+    mixed = Inputs(*(torch.cat([x[:, :, :t], y[:, :, t:]], dim=2) for x, y in zip(inputs, other, strict=True)))
+    h, h_mixed = function(*inputs, **options), function(*mixed, **options)
+    assert torch.equal(h[:, :, :t], h_mixed[:, :, :t])
+    assert not torch.equal(h[:, :, t:], h_mixed[:, :, t:])
+    dh = torch.zeros_like(h)
+    dh[:, :, :t] = 1
+    gradients = run_torch(function, inputs, dh, **options)
+    for name in ("dq", "dk", "dv", "di", "df"):
+        assert (gradients[name][:, :, t:] == 0).all(), name
+        assert (gradients[name][:, :, :t] != 0).any(), name
+
+
+def splitting(function, dtype, T=90, t=37, regime="typical", **options) -> None:
+    """Two calls with the state passed on give what one call gives, gradients through the state included."""
+    inputs, dh, state, dstate = make(2, 2, T, 12, 20, dtype=dtype, regime=regime)
+
+    def in_two_parts(q, k, v, i, f, *, initial_state, return_state):
+        x = Inputs(q, k, v, i, f)
+        h_1, middle = function(*cut(x, None, t), initial_state=initial_state, return_state=True, **options)
+        h_2, final = function(*cut(x, t, None), initial_state=middle, return_state=True, **options)
+        return torch.cat([h_1, h_2], dim=2), final
+
+    actual = run_torch(in_two_parts, inputs, dh, initial_state=state, dstate=dstate)
+    reference = oracle(inputs, dh, initial_state=state, dstate=dstate)
+    compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate)
+
+
+def resets(function, dtype, lengths=(5, 28, 1, 41), **options) -> None:
+    """f = -inf at the first step of every document of a packed sequence: the same as a call for each document."""
+    T = sum(lengths)
+    inputs, dh, *_ = make(1, 2, T, 12, 20, dtype=dtype)
+    starts = np.cumsum((0, *lengths[:-1]))
+    inputs.f[:, :, starts] = -torch.inf
+    packed = run_torch(function, inputs, dh, **options)
+    assert (packed["df"][:, :, starts] == 0).all(), "the gradient of a gate at -inf must be exactly 0"
+    parts = [
+        oracle(cut(inputs, start, start + length), dh[:, :, start : start + length])
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    names = ("h", "dq", "dk", "dv", "di", "df")
+    joined = {name: np.concatenate([part[name] for part in parts], axis=2) for name in names}
+    name = str(dtype).removeprefix("torch.")
+    check({key: packed[key] for key in names}, joined, dtype=name, verbose=False)
+    # Exactly: what came before a reset does not change a bit of what follows.
+    start = int(starts[2])
+    changed = Inputs(*(torch.cat([x[:, :, :start].flip(2), x[:, :, start:]], dim=2) for x in inputs))
+    assert torch.equal(function(*inputs, **options)[:, :, start:], function(*changed, **options)[:, :, start:])
+
+
+def padding(function, dtype, T=50, extra=27, **options) -> None:
+    """Steps with i = -inf and f = inf behind a sequence change neither its h nor its state, and get no gradient."""
+    inputs, dh, state, dstate = make(1, 2, T + extra, 12, 20, dtype=dtype)
+    inputs.i[:, :, T:], inputs.f[:, :, T:], dh[:, :, T:] = -torch.inf, torch.inf, 0
+    padded = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    short = oracle(cut(inputs, None, T), dh[:, :, :T], initial_state=state, dstate=dstate)
+    for name in ("dk", "dv", "di"):
+        assert (padded[name][:, :, T:] == 0).all(), name
+    per_step = ("h", "dq", "dk", "dv", "di", "df")
+    padded = {name: x[:, :, :T] if name in per_step else x for name, x in padded.items()}
+    compare_with(cut(inputs, None, T), dh[:, :, :T], short, padded, dtype, state=state, dstate=dstate)
+
+
+def gauge(function, dtype, **options) -> None:
+    """(C, n, m) and (C e^-c, n e^-c, m + c) are the same memory: h does not change."""
+    inputs, _, (C, n, m), _ = make(2, 2, 50, 12, 20, dtype=dtype)
+    c = 3.0
+    shifted = (C * float(np.exp(-c)), n * float(np.exp(-c)), m + c)
+    name = str(dtype).removeprefix("torch.")
+    expected = to_numpy(function(*inputs, initial_state=(C, n, m), **options))
+    check({"h": function(*inputs, initial_state=shifted, **options)}, {"h": expected}, dtype=name, verbose=False)
+
+
+def linear_in_v(function, dtype, **options) -> None:
+    inputs, *_ = make(1, 2, 50, 12, 20, dtype=dtype)
+    other = make(1, 2, 50, 12, 20, dtype=dtype, seed=5)[0].v
+    name = str(dtype).removeprefix("torch.")
+    # The sum is rounded to dtype before it goes in, so 2 v and v + v' with v' = v / 2 would hide nothing: use v, v'.
+    total = (inputs.v.double() + other.double()).to(dtype)
+    parts = [to_numpy(function(*inputs._replace(v=x), **options)) for x in (inputs.v, total - inputs.v)]
+    check({"h": function(*inputs._replace(v=total), **options)}, {"h": sum(parts)}, dtype=name, verbose=False)
+
+
+def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, **options) -> None:
+    """Permuting batch entries and heads permutes the result; a row alone gives what it gives inside a batch."""
+    inputs, dh, state, dstate = make(3, 2, 40, 12, 20, dtype=dtype)
+    whole = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    turned = run_torch(
+        function, Inputs(*(x.flip(0, 1) for x in inputs)), dh.flip(0, 1),
+        initial_state=[x.flip(0, 1) for x in state], dstate=[x.flip(0, 1) for x in dstate], **options,
+    )  # fmt: skip
+    alone = run_torch(
+        function, Inputs(*(x[1:2] for x in inputs)), dh[1:2],
+        initial_state=[x[1:2] for x in state], dstate=[x[1:2] for x in dstate], **options,
+    )  # fmt: skip
+    for name, x in whole.items():
+        if bitwise:
+            assert torch.equal(turned[name].flip(0, 1), x), name
+            assert torch.equal(alone[name], x[1:2]), name
+        else:  # PyTorch's matrix products may add in another order when the batch has another size
+            check({name: turned[name].flip(0, 1)}, {name: x}, verbose=False, budgets={name: 1e-12})
+            check({name: alone[name]}, {name: x[1:2]}, verbose=False, budgets={name: 1e-12})
+
+
+def empty_sequences(function, dtype, **options) -> None:
+    """T = 0 gives an empty h and the state as it was; B = 0 gives empty everything. Both have gradients."""
+    inputs, dh, state, dstate = make(2, 2, 0, 12, 20, dtype=dtype)
+    result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    assert result["h"].shape == (2, 2, 0, 20)
+    for name, x in zip(("C", "n", "m", "dC_0", "dn_0", "dm_0"), (*state, *dstate), strict=True):
+        assert torch.equal(result[name], x), name
+    _, (C, n, m) = function(*inputs, return_state=True, **options)
+    assert C.shape == (2, 2, 12, 20)
+    assert all((x == 0).all() for x in (C, n, m))
+    inputs, dh, state, dstate = make(0, 2, 30, 12, 20, dtype=dtype)
+    result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    assert result["h"].shape == (0, 2, 30, 20)
+    assert result["dk"].shape == (0, 2, 30, 12)
+
+
+def nothing_but_padding(function, dtype, **options) -> None:
+    """All is forgotten and nothing written: h is 0, the memory is empty, nothing is NaN."""
+    inputs, dh, state, dstate = make(1, 1, 40, 8, 8, dtype=dtype)
+    inputs.i.fill_(-torch.inf), inputs.f.fill_(-torch.inf)
+    result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    assert (result["h"] == 0).all()
+    memory = same_gauge((result["C"], result["n"], result["m"]), torch.zeros_like(result["m"]))
+    assert all((x == 0).all() for x in memory.values())
+    for name, x in result.items():
+        assert torch.isfinite(x).all(), name
+
+
+def finite_at_extremes(function, dtype, **options) -> None:
+    """No NaN or inf, whatever the gates: +-1e4, queries and keys of zeros, a state with a huge or tiny m."""
+    for value_i in (-1e4, -50.0, 50.0, 1e4):
+        for value_f in (-1e4, -50.0, 50.0, 1e4):
+            inputs, dh, state, dstate = make(1, 1, 40, 8, 8, dtype=dtype)
+            inputs.i.fill_(value_i), inputs.f.fill_(value_f)
+            inputs.q[:, :, 3:5], inputs.k[:, :, 7:9] = 0, 0
+            for m_0 in (-1e4, 0.0, 1e4):
+                start = (state[0], state[1], torch.full_like(state[2], m_0))
+                result = run_torch(function, inputs, dh, initial_state=start, dstate=dstate, **options)
+                for name in ("h", "C", "n", "m"):
+                    assert torch.isfinite(result[name]).all(), (name, value_i, value_f, m_0)
+                # h has a pole where n . s q = 0 and e^(-m) is 0 as well, so gradients at such steps are not asked for.
+                if value_i <= 0 and m_0 <= 0:
+                    for name, x in result.items():
+                        assert torch.isfinite(x).all(), (name, value_i, value_f, m_0)
