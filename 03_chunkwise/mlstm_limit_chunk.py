@@ -22,7 +22,7 @@ Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i a
     w_end    e^(a_j - m_c), weight of step j in the next state            (L)
     S, r     normalizer product n . s q, and 1 / max{|S|, e^(-m)}         (B*NH, T)
     delta    gradient of S                                                (B*NH, T)
-    overlap  <C'_c, dC'_c> = <C_c, dC_c> + <n_c, dn_c>, not yet summed up (tiles of DHV, B*NH, NC+1, DQK)
+    carry    e^(g + m_{c-1} - m_c) <C'_{c-1}, dC'_c>, row by row          (tiles of DHV, B*NH, NC, DQK)
     X        dP * scores, gradient of log D                               (L, L)
 
 Precision: the gates' sums are float64, because a difference b_i - b_j of float32 sums loses its digits behind one very
@@ -308,7 +308,7 @@ def delta_kernel(
 @triton.jit
 def dstates_kernel(
     q_ptr, dh_ptr, b_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr, dC_T_ptr, dn_T_ptr,
-    dC_ptr, dn_ptr, overlap_ptr, dC_0_ptr, dn_0_ptr,
+    dC_ptr, dn_ptr, carry_ptr, dC_0_ptr, dn_0_ptr,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     T, NC, NH, s,
     DQK: tl.constexpr, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
@@ -318,7 +318,7 @@ def dstates_kernel(
 
     dC (DQK x DHV)       grid: tiles of dC, B * NH
     +---+---+---+---+    loop: c = NC-1 .. 0
-    |   | x |   |   |      store dC, dn of border c+1, and the tile's part of overlap, <C', dC'>, row by row
+    |   | x |   |   |      store dC, dn of border c+1, and the tile's part of carry
     +---+---+---+---+      dC <- decay * dC + (s * w_state * r * Q)^T dH
     |   |   |   |   |    store border 0: the gradient of the initial state
     +---+---+---+---+    The first column of tiles takes care of dn.
@@ -329,12 +329,11 @@ def dstates_kernel(
     offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
     q_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh)
     dh_ptr = head(dh_ptr, bh, NH, stride_gb, stride_gh)
-    # All pointers start at the last border and walk backwards.
+    # Borders are walked backwards: dC, dn from border NC on, C, n from the one before it.
     border = bh * (NC + 1) + NC
-    C_ptr, dC_ptr, n_ptr, dn_ptr = (
-        C_ptr + border * DQK * DHV, dC_ptr + border * DQK * DHV, n_ptr + border * DQK, dn_ptr + border * DQK,
-    )  # fmt: skip
-    overlap_ptr += (tile_v * tl.num_programs(1) * (NC + 1) + border) * DQK
+    dC_ptr, dn_ptr = dC_ptr + border * DQK * DHV, dn_ptr + border * DQK
+    C_ptr, n_ptr = C_ptr + (border - 1) * DQK * DHV, n_ptr + (border - 1) * DQK
+    carry_ptr += ((tile_v * tl.num_programs(1) + bh) * NC + NC - 1) * DQK
 
     if dC_T_ptr is None:
         dC = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
@@ -346,34 +345,30 @@ def dstates_kernel(
     m_next = tl.load(m_ptr + border)
     for step in range(NC):
         c = NC - 1 - step
-        C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
-        n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
         store_tile(dC_ptr, dC, offs_k, offs_v, DHV, DQK, DHV)
         if tile_v == 0:
             tl.store(dn_ptr + offs_k, dn, mask=offs_k < DQK)
-        overlap = tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0)  # (BLOCK_DQK,)
-        tl.store(overlap_ptr + offs_k, overlap, mask=offs_k < DQK)
-        C_ptr, dC_ptr, n_ptr, dn_ptr = C_ptr - DQK * DHV, dC_ptr - DQK * DHV, n_ptr - DQK, dn_ptr - DQK
-        overlap_ptr -= DQK
 
         m_start = tl.load(m_ptr + bh * (NC + 1) + c)
         g = tl.load(b_ptr + (bh * NC + c) * L + L - 1)
         decay = tl.exp((g + m_start - m_next).to(tl.float32))
+        C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
+        n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
+        carry = decay * (tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0))  # (BLOCK_DQK,)
+        tl.store(carry_ptr + offs_k, carry, mask=offs_k < DQK)
+        C_ptr, dC_ptr, n_ptr, dn_ptr = C_ptr - DQK * DHV, dC_ptr - DQK * DHV, n_ptr - DQK, dn_ptr - DQK
+        carry_ptr -= DQK
+
         _, _, w_state = load_row_gates(b_ptr, m_intra_ptr, m_start, (bh * NC + c) * L + offs_l)
         offs_t = (c * L + offs_l).to(tl.int64)
         r = tl.load(r_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
         delta = tl.load(delta_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
-
         q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(tl.float32) * (s * w_state)[:, None]
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         dC = tl.dot(tl.trans(operand(q * r[:, None], DOT, PRECISION)), dh, dC * decay, input_precision=PRECISION)
         dn = dn * decay + tl.sum(q * delta[:, None], axis=0)
         m_next = m_start
 
-    C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
-    n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
-    overlap = tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0)
-    tl.store(overlap_ptr + offs_k, overlap, mask=offs_k < DQK)
     store_tile(dC_0_ptr + bh * DQK * DHV, dC, offs_k, offs_v, DHV, DQK, DHV)
     if tile_v == 0:
         tl.store(dn_0_ptr + bh * DQK + offs_k, dn, mask=offs_k < DQK)
@@ -398,9 +393,9 @@ def dq_kernel(
         | x x x   |       |   | x |        r scales rows, so it waits until the products are done: dH goes into
         +---------+       +---+---+        them as it came, unrounded.
 
-    The gate gradients are small differences of q . dq and k . dk. What the pairs (i, j) of this chunk add to both comes
-    from one matrix X = dP * scores in float32: its row sums to q . dq, its column sums to k . dk. Taken from dq and dk,
-    for which dP is rounded once by rows and once by columns, they would not cancel as they should.
+    For the gates: X = dP * scores, the gradient of log D, all in float32. Its row sums are what the pairs (i, j) of
+    this chunk add to q . dq, its column sums what they add to k . dk. Taken from dq and dk themselves, for which dP is
+    rounded, the two would not cancel where they should.
     """
     tile_k, c, bh = chunk_of_program(tl.cdiv(DQK, BLOCK_DQK), NC)
     offs_l = tl.arange(0, L)
@@ -439,10 +434,10 @@ def dq_kernel(
     if tile_k == 0:
         scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
         for start in range(BLOCK_DQK, DQK, BLOCK_DQK):
-            offs_k = start + tl.arange(0, BLOCK_DQK)
-            q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)
-            k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+            offs_rest = start + tl.arange(0, BLOCK_DQK)
+            q_rest = load_tile(q_ptr, offs_t, offs_rest, stride_qt, T, DQK).to(DOT)
+            k_rest = load_tile(k_ptr, offs_t, offs_rest, stride_kt, T, DQK).to(DOT)
+            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
         X = dP * scores  # (L, L)
         q_dq += tl.sum(X, axis=1)
         tl.store(X_column_ptr + bh * T + offs_t, tl.sum(X, axis=0), mask=offs_t < T)
@@ -560,14 +555,19 @@ def dv_kernel(
 
 @triton.jit
 def dgates_kernel(
-    f_ptr, q_dq_ptr, k_dk_ptr, X_column_ptr, overlap_ptr, di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
+    f_ptr, q_dq_ptr, k_dk_ptr, X_column_ptr, carry_ptr, di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
     stride_fb, stride_fh, stride_ft, stride_ib, stride_ih, stride_it, stride_db, stride_dh, stride_dt,
     T, NC, NH, TILES_DQ, TILES_DK, TILES_C, DQK: tl.constexpr, BLOCK_DQK: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """di = k . dk and df_bar_t = sum over r >= t of (q . dq - k . dk) + overlap, of one chunk. Grid: NC * B * NH.
+    """di and df of one chunk. Grid: NC * B * NH.
 
-    The sum ends at the chunk's border, and <C'_c, dC'_c> stands for all that is behind it, so that no rounding error
-    travels from chunk to chunk. The parts that the tiles left are added up here, always in the same order.
+    di is k . dk. f_t weakens everything that crosses step t, so df_bar_t is the sum over all that does:
+      state before the chunk -> h_r, r >= t     sum over r >= t of the state's part of q . dq
+      k_j v_j, j < t -> h_r, r >= t             sum over r >= t of X's row sums - column sums
+      k_j v_j, j < t -> state after the chunk   sum over j < t of the state's part of k . dk
+      state before -> state after               carry
+    As one sum over all later steps, of q . dq - k . dk, it would be a small difference of large numbers in long
+    sequences. The parts that the tiles left are added up here, always in the same order.
     """
     _, c, bh = chunk_of_program(1, NC)
     BH = tl.num_programs(0) // NC
@@ -575,20 +575,19 @@ def dgates_kernel(
     offs_t = (c * L + offs_l).to(tl.int64)
     mask = offs_t < T
 
-    q_dq = tl.zeros((L,), dtype=tl.float32)
-    k_dk = tl.load(X_column_ptr + bh * T + offs_t, mask=mask, other=0.0)
+    X_column = tl.load(X_column_ptr + bh * T + offs_t, mask=mask, other=0.0)
+    q_dq, k_dk = tl.zeros((L,), dtype=tl.float32), tl.zeros((L,), dtype=tl.float32)
     for tile in range(TILES_DQ):
         q_dq += tl.load(q_dq_ptr + (tile * BH + bh) * T + offs_t, mask=mask, other=0.0)
     for tile in range(TILES_DK):
         k_dk += tl.load(k_dk_ptr + (tile * BH + bh) * T + offs_t, mask=mask, other=0.0)
     offs_k = tl.arange(0, BLOCK_DQK)
-    overlap = tl.zeros((BLOCK_DQK,), dtype=tl.float32)
+    carry = tl.zeros((BLOCK_DQK,), dtype=tl.float32)
     for tile in range(TILES_C):
-        border = (tile * BH + bh) * (NC + 1) + c + 1
-        overlap += tl.load(overlap_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
+        carry += tl.load(carry_ptr + ((tile * BH + bh) * NC + c) * DQK + offs_k, mask=offs_k < DQK, other=0.0)
 
-    x = tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq - k_dk)[None, :], 0.0)
-    df_bar, di = tl.sum(x, axis=1) + tl.sum(overlap), k_dk
+    crossing = tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq - X_column)[None, :], k_dk[None, :])  # (L, L)
+    df_bar, di = tl.sum(crossing, axis=1) + tl.sum(carry), k_dk + X_column
     if di_rest_ptr is not None:
         di += tl.load(di_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
         df_bar += tl.load(df_bar_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
@@ -707,13 +706,14 @@ def launch_backward(
     """dq, dk, dv, di, df, dC_0, dn_0, dm_0. The states are computed again: to keep them would cost a GiB and more."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
     dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
-    dC_0, dn_0, dm_0 = _empty_state(q, v) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
+    dC_0, dn_0, dm_0 = _empty_state(q, v)
     if h.numel() == 0:
-        return dq, dk, dv, di, df, dC_0, dn_0, dm_0
+        dstate = (dC_0, dn_0, dm_0) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
+        return dq, dk, dv, di, df, *dstate
     NC, s = triton.cdiv(T, chunk_size), q.shape[-1] ** -0.5
     dh = dh if dh.stride(-1) == 1 else dh.contiguous()
     state, dstate = contiguous_state(C_0, n_0, m_0), contiguous_state(dC_T, dn_T, None)
-    b, u, m_intra, C, n, m, _ = run_states(k, v, i, f, state, chunk_size)
+    b, u, m_intra, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -728,9 +728,9 @@ def launch_backward(
 
     o = launch_options("dstates", q, v, chunk_size)
     tiles_k, tiles_v = tiles(o)
-    dC, dn, overlap = torch.empty_like(C), torch.empty_like(n), empty(tiles_v, B, NH, NC + 1, DQK)
+    dC, dn, carry = torch.empty_like(C), torch.empty_like(n), empty(tiles_v, B, NH, NC, DQK)
     dstates_kernel[(tiles_k * tiles_v, B * NH)](
-        q, dh, b, m_intra, r, delta, C, n, m, *dstate[:2], dC, dn, overlap, dC_0, dn_0,
+        q, dh, b, m_intra, r, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
         *strides_q, *strides_dh, *sizes, **o,
     )  # fmt: skip
     o = launch_options("dq", q, v, chunk_size)
@@ -750,17 +750,20 @@ def launch_backward(
         q, k, dh, b, u, m_intra, r, dC, m, dv, *strides_q, *strides_k, *strides_dh, *dv.stride()[:3], *sizes, **o
     )
 
-    overlap_0, overlap_T = overlap[..., 0, :].sum(dim=(0, -1)), overlap[..., -1, :].sum(dim=(0, -1))
-    di_rest, df_bar_rest, dm_0_rest = None, None, 0
+    # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
+    di_rest, df_bar_rest = None, None
+    if C_0 is not None:
+        dm_0 = (C_0 * dC_0).sum(dim=(-2, -1)) + (n_0 * dn_0).sum(dim=-1)
     if dC_T is not None:
-        m_0 = torch.zeros_like(dm_T) if m_0 is None else m_0
-        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_0, dm_T - overlap_T)
-        di_rest, df_bar_rest = di_rest.float().contiguous(), df_bar_rest.float().contiguous()
+        overlap_T = (C_T * dC_T).sum(dim=(-2, -1)) + (n[:, :, -1] * dn_T).sum(dim=-1)
+        start = torch.zeros_like(dm_T) if m_0 is None else m_0
+        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), start, dm_T - overlap_T)
+        di_rest, df_bar_rest, dm_0 = di_rest.float().contiguous(), df_bar_rest.float().contiguous(), dm_0 + dm_0_rest
     dgates_kernel[(NC * B * NH,)](
-        f, q_dq, k_dk, X_column, overlap, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
+        f, q_dq, k_dk, X_column, carry, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
         T, NC, NH, q_dq.shape[0], k_dk.shape[0], tiles_v, DQK, triton.next_power_of_2(DQK), chunk_size,
     )  # fmt: skip
-    return dq, dk, dv, di, df, dC_0, dn_0, overlap_0 + dm_0_rest
+    return dq, dk, dv, di, df, dC_0, dn_0, dm_0
 
 
 # torch.compile sees each of the two as one operation that it need not look into.
@@ -903,7 +906,7 @@ def _check_triton(q, k, v) -> None:
     if q.dtype == torch.float64:
         raise TypeError("q must be float16, bfloat16 or float32, got torch.float64")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
+        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
     if q.device.type != "cuda" and not INTERPRETED:
         raise ValueError(

@@ -13,10 +13,12 @@ if not HAS_GPU:
 # Small tensors on two cores: threads cost more than they bring, and notebooks run beside the tests.
 torch.set_num_threads(1)
 
+# Shrinking a failure takes minutes in the interpreter: only "dev" does it.
+FAST = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("dev", max_examples=20, **COMMON)
-hypothesis.settings.register_profile("ci", max_examples=20, derandomize=True, **COMMON)
-hypothesis.settings.register_profile("gpu", max_examples=60, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("ci", max_examples=20, derandomize=True, phases=FAST, **COMMON)
+hypothesis.settings.register_profile("gpu", max_examples=60, derandomize=True, phases=FAST, **COMMON)
 default = "gpu" if HAS_GPU else "ci" if os.environ.get("CI") else "dev"
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default))
 

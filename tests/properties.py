@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import mlstm_parallel
 import numpy as np
 import torch
-from tfla_lab.check import check, same_gauge, to_numpy
+from tfla_lab.check import TINIEST, budget, check, same_gauge, to_numpy
 from tfla_lab.forms import oracle, run_torch
 from tfla_lab.inputs import AWAY_FROM_POLE, REGIMES, Inputs, random_inputs, random_state
 
@@ -21,8 +21,8 @@ TRITON_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.
 def cases(draw, dtypes, *, max_T=80, max_D=24, regimes=tuple(REGIMES), chunk_sizes=(16, 32, 64)):
     """One drawn case: keyword arguments of compare_with_oracle. Arrays come from the seed.
 
-    In 16 bits the backward pass sees h rounded, and where one step outweighs all others (a single step, the hot regimes)
-    gradients that are exactly 0 come out as that rounding error. Those cases are drawn for the wider dtypes only.
+    In 16 bits the backward pass sees h rounded, and where one step outweighs all others (a single step, the hot
+    regimes) gradients that are exactly 0 come out as that rounding error. Those are drawn for the wider dtypes only.
     """
     dtype = draw(st.sampled_from(dtypes))
     rounded = dtype in (torch.float16, torch.bfloat16)
@@ -88,11 +88,23 @@ def compare_with(
     """All outputs and gradients within the budgets of the dtype; the state in the reference's gauge."""
     name = str(dtype).removeprefix("torch.")
     final = same_gauge((actual["C"], actual["n"], actual["m"]), reference["m"])
-    rest = {key: value for key, value in actual.items() if key not in ("C", "n", "m")}
+    rest = {key: value for key, value in actual.items() if key not in ("C", "n", "m", "dm_0")}
     expected_final = same_gauge((reference["C"], reference["n"], reference["m"]), reference["m"])
     scales = summands(inputs, dh, state, dstate) if inputs.q.shape[2] <= 200 else {}
     check(rest, reference, dtype=name, scales=scales, chunk_size=chunk_size, verbose=False)
     check(final, expected_final, dtype=name, verbose=False)
+    if "dm_0" in actual:
+        # One number a head, and a sum of products of C_0 and dC_0, which cancel: measured against their norms.
+        products = zip(state[:2], ("dC_0", "dn_0"), strict=True)
+        size = sum(np.linalg.norm(to_numpy(x)) * np.linalg.norm(reference[key]) for x, key in products)
+        size += (
+            0
+            if dstate is None
+            else sum(np.linalg.norm(reference[x] * to_numpy(dx)) for x, dx in zip("Cnm", dstate, strict=True))
+        )
+        error = np.linalg.norm(to_numpy(actual["dm_0"]) - reference["dm_0"])
+        allowed = budget("dm_0", name) * (np.linalg.norm(reference["dm_0"]) + size) + TINIEST[name]
+        assert error <= allowed, f"dm_0 is off by {error}, {allowed} is allowed"
 
 
 def compare_with_oracle(function, B, NH, T, DQK, DHV, *, regime, with_state, dtype, layout, seed, chunk_size=None):

@@ -289,12 +289,13 @@ MUTANTS = [
     ("tl.where(tl.abs(S) > floor, tl.where(S > 0, -r, r) * dh_h, 0.0)", "S * 0.0"),  # the normalizer's gradient
     ("tl.where(S > 0, -r, r)", "-r"),
     ("dh, dC * decay, input_precision=PRECISION)", "dh, dC, input_precision=PRECISION)"),
-    ("df_bar, di = tl.sum(x, axis=1) + tl.sum(overlap), k_dk", "df_bar, di = tl.sum(x, axis=1), k_dk"),
-    ("tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq", "tl.where(offs_l[None, :] <= offs_l[:, None], (q_dq"),
+    ("tl.sum(crossing, axis=1) + tl.sum(carry)", "tl.sum(crossing, axis=1)"),
+    ("tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq", "tl.where(offs_l[None, :] > offs_l[:, None], (q_dq"),
+    ("(q_dq - X_column)[None, :], k_dk[None, :])", "(q_dq - X_column)[None, :], 0.0)"),
     ("dk = (dk + dn[None, :]) * w_end[:, None]", "dk = dk * w_end[:, None]"),
     ("dv * w_end[:, None]", "dv"),
     ("q_dq += tl.sum(X, axis=1)", "pass"),
-    ("m_0, dm_T - overlap_T)", "m_0, 0 * dm_T)"),
+    ("start, dm_T - overlap_T)", "start, 0 * dm_T)"),
 ]  # fmt: skip
 
 

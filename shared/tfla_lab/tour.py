@@ -8,6 +8,7 @@ nothing could be run), 2 if the command line is wrong.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
@@ -17,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +32,7 @@ from tfla_lab.inputs import Inputs, cast, read_text, text_inputs
 
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
 MIB = 2**20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers from glibc's malloc.h
 TIMED_RUNS = 3
 # Pictures of single steps show so many of them: more could not be read.
 STEPS_OF_GATES, STEPS_OF_MATRIX = 72, 32
@@ -46,9 +47,8 @@ class Row:
     not_run: str = ""  # why it did not run
     errors: dict[str, float] = field(default_factory=dict)
     error_over_t: np.ndarray | None = None
-    ms: float = 0.0
-    peak: float | None = None  # MiB
-    costs: dict[int, tuple[float, float | None]] = field(default_factory=dict)  # T: (ms, MiB)
+    times: dict[int, float] = field(default_factory=dict)  # T: ms
+    peaks: dict[int, float | None] = field(default_factory=dict)  # T: MiB
     over_budget: str = ""  # the table of the check that failed
 
     @property
@@ -126,11 +126,7 @@ def peak_memory(run: Callable[[], Any], device: str) -> tuple[Any, float | None]
 
     On the GPU PyTorch keeps the books. On the CPU NumPy and PyTorch allocate each in their own way, so the only honest
     book is the operating system's: the peak of the process's resident memory. Linux keeps it without any sampling, and
-    lets a process set it back. Elsewhere there is no such number, and it is None.
-
-    Two habits of glibc would spoil it. It keeps freed memory for the next need, which would then not be seen; and it
-    scatters what it hands out again, which would be seen twice. So freed memory is given back first, and during the run
-    large arrays come straight from the system and go straight back. (That costs time: times are taken in other runs.)
+    lets a process set it back. Elsewhere there is no such number, and it is None. Use it within freed_memory_goes_back.
     """
     gc.collect()
     if device == "cuda":
@@ -142,23 +138,40 @@ def peak_memory(run: Callable[[], Any], device: str) -> tuple[Any, float | None]
         result = run()
         synchronize(device)
         return result, (torch.cuda.max_memory_allocated() - before) / MIB
+    before = reset_resident_peak()
+    result = run()
+    return result, None if before is None else max(0.0, resident("VmHWM") - before)
+
+
+def glibc() -> Any:
+    """The C library, if it is glibc; else None."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    glibc = hasattr(libc, "malloc_trim")
+    return libc if hasattr(libc, "malloc_trim") else None
+
+
+@contextlib.contextmanager
+def freed_memory_goes_back() -> Iterator[None]:
+    """Within it, freed memory goes back to the system at once, so that resident memory is memory in use.
+
+    glibc would keep it for the next need, which would then not be seen, and scatter what it hands out again, which
+    would be seen twice. That saves time, though: times are taken outside. (Other C libraries are left as they are.)
+    """
+    if glibc() is None:
+        yield
+        return
+    for parameter, value in ((M_MMAP_THRESHOLD, 4096), (M_TRIM_THRESHOLD, 0), (M_TOP_PAD, 0)):
+        glibc().mallopt(parameter, value)
     try:
-        if glibc:
-            libc.mallopt(M_MMAP_THRESHOLD, MIB // 16)
-            libc.malloc_trim(0)
-        before = reset_resident_peak()
-        result = run()
-        return result, None if before is None else max(0.0, resident("VmHWM") - before)
-    finally:
-        if glibc:  # what glibc itself arrives at in a program that uses large arrays
-            libc.mallopt(M_MMAP_THRESHOLD, 32 * MIB)
-            libc.mallopt(M_TRIM_THRESHOLD, 64 * MIB)
+        yield
+    finally:  # what glibc itself arrives at in a program that uses large arrays
+        for parameter, value in ((M_MMAP_THRESHOLD, 32 * MIB), (M_TRIM_THRESHOLD, 64 * MIB), (M_TOP_PAD, MIB // 8)):
+            glibc().mallopt(parameter, value)
 
 
 def reset_resident_peak() -> float | None:
     """Sets VmHWM back to VmRSS, and returns it; None where the system has or allows no such thing."""
+    if glibc() is not None:
+        glibc().malloc_trim(0)  # what was freed before freed_memory_goes_back
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return resident("VmRSS")
@@ -172,24 +185,28 @@ def resident(entry: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 
 
-def visit(form: Form, inputs: Inputs, dh: Any, reference: dict[str, np.ndarray], args: argparse.Namespace) -> Row:
-    """Runs one form, compares it with the reference and measures it, for the pictures also on parts of the text."""
+def lengths(args: argparse.Namespace) -> list[int]:
+    """At which lengths to measure: the pictures also want an eighth, a quarter and a half of the text."""
+    parts = set() if args.no_figures else {args.length // 8, args.length // 4, args.length // 2}
+    return sorted(parts - {0} | {args.length})
+
+
+def runner(form: Form, inputs: Inputs, dh: Any, chunk_size: int) -> Callable[[int], dict[str, Any]]:
+    """run(T): one forward and backward pass of the form over the first T steps."""
+    inputs, dh = Inputs(*(hand_over(form, x) for x in inputs)), hand_over(form, dh)
+    return lambda T: forward_backward(form, Inputs(*(x[:, :, :T] for x in inputs)), dh[:, :, :T], chunk_size)
+
+
+def compare(form: Form, inputs: Inputs, dh: Any, reference: dict[str, np.ndarray], args: argparse.Namespace) -> Row:
+    """Runs one form, compares it with the reference and measures its memory."""
     dtype = "float32" if form.library == "numpy" and args.dtype == "bfloat16" else args.dtype
     row = Row(form, dtype, not_run=reason_not_to_run(form, args.dtype))
     if row.not_run:
         return row
-    inputs, dh = Inputs(*(hand_over(form, x) for x in inputs)), hand_over(form, dh)
-
-    def run(T: int = args.length) -> dict[str, Any]:
-        return forward_backward(form, Inputs(*(x[:, :, :T] for x in inputs)), dh[:, :, :T], args.chunk_size)
-
-    # The warm-up loads libraries and compiles kernels. In the slow interpreter a few steps do that, and the run whose
-    # memory is measured must do for the time, too.
-    slow, device = is_interpreted(form), device_of(form)
+    T, device, slow, run = args.length, device_of(form), is_interpreted(form), runner(form, inputs, dh, args.chunk_size)
     try:
-        run(min(16, args.length) if slow else args.length)
-        (results, ms), row.peak = peak_memory(lambda: timed(run, device), device)
-        row.ms = ms if slow else statistics.median(timed(run, device)[1] for _ in range(TIMED_RUNS))
+        run(min(16, T) if slow else T)  # the warm-up loads libraries and compiles kernels: a few steps do, if need be
+        (results, ms), row.peaks[T] = peak_memory(lambda: timed(lambda: run(T), device), device)
     except (TypeError, ValueError) as error:
         if " must be " not in str(error):  # the words of a form that does not take such inputs
             raise
@@ -210,13 +227,24 @@ def visit(form: Form, inputs: Inputs, dh: Any, reference: dict[str, np.ndarray],
     except CheckFailed as failure:
         row.over_budget = str(failure).strip("\n")
 
-    row.costs[args.length] = row.ms, row.peak
-    if not args.no_figures and not slow:
-        for T in {args.length // 8, args.length // 4, args.length // 2} - {0}:
-            piece = functools.partial(run, T)
-            peak = peak_memory(piece, device)[1]  # the warm-up, too
-            row.costs[T] = timed(piece, device)[1], peak
+    if slow:  # once must do
+        row.times[T] = ms
+    else:
+        results.clear()
+        for T in lengths(args)[:-1]:
+            row.peaks[T] = peak_memory(functools.partial(run, T), device)[1]
     return row
+
+
+def take_times(row: Row, inputs: Inputs, dh: Any, args: argparse.Namespace) -> None:
+    """The milliseconds of a form, the median of a few runs."""
+    if row.not_run or row.times:
+        return
+    run = runner(row.form, inputs, dh, args.chunk_size)
+    for T in lengths(args):
+        run(T)
+        runs = [timed(functools.partial(run, T), device_of(row.form))[1] for _ in range(TIMED_RUNS)]
+        row.times[T] = statistics.median(runs)
 
 
 def relative_error_over_t(h: Any, reference: np.ndarray) -> np.ndarray:
@@ -238,8 +266,9 @@ def table(rows: Sequence[Row], dtype: str) -> str:
             lines.append(f"{start}   not run: {row.not_run}")
             continue
         slow, name = is_interpreted(row.form), row.worst_gradient
-        gradient, peak = f"{name} {row.errors[name]:.1e}", "-" if row.peak is None else f"{row.peak:.1f}"
-        ms = f"({row.ms:.0f})" if slow else f"{row.ms:.1f}"
+        T = max(row.times)
+        gradient, peak = f"{name} {row.errors[name]:.1e}", "-" if row.peaks[T] is None else f"{row.peaks[T]:.1f}"
+        ms = f"({row.times[T]:.0f})" if slow else f"{row.times[T]:.1f}"
         device = "CPU, interpreted" if slow else "GPU" if device_of(row.form) == "cuda" else "CPU"
         mark = "   <-- over budget" if row.over_budget else ""
         lines.append(f"{start}{row.errors['h']:>11.1e}{gradient:>17}{ms:>11}{peak:>11}   {device}{mark}")
@@ -297,11 +326,11 @@ def save_figures(text: bytes, inputs: Inputs, rows: Sequence[Row], args: argpars
     figures["error_over_t"] = plot.error_over_t(errors, budget=budget("h", args.dtype)).figure
 
     figures["cost_over_T"], axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for column, (ax, ylabel) in enumerate(zip(axes, ("forward + backward (ms)", "peak memory (MiB)"), strict=True)):
-        native = [row for row in ran if not is_interpreted(row.form)]
-        lines = {
-            row.form.name: (sorted(row.costs), [row.costs[T][column] for T in sorted(row.costs)]) for row in native
-        }
+    native = [row for row in ran if not is_interpreted(row.form)]
+    for ax, cost, ylabel in zip(
+        axes, ("times", "peaks"), ("forward + backward (ms)", "peak memory (MiB)"), strict=True
+    ):
+        lines = {row.form.name: tuple(zip(*sorted(getattr(row, cost).items()), strict=True)) for row in native}
         plot.cost_over_T(lines, ylabel=ylabel, ax=ax, slopes=(1, 2))
 
     for name, figure in figures.items():
@@ -402,16 +431,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rows, saved = [], []
     with tqdm(
-        total=len(forms) + (1 if args.no_figures else 2),
+        total=1 + 2 * len(forms) + (not args.no_figures),
         bar_format="{l_bar}{bar:30}| {elapsed}",
         desc="stage 01 in float64",
     ) as progress:
-        inputs, dh = make_inputs(text, args)
-        reference = oracle(inputs, dh)
-        progress.update()
-        for form in forms:
-            progress.set_description(form.name + " (interpreted, slow)" * (is_interpreted(form) and not form.missing()))
-            rows.append(visit(form, inputs, dh, reference, args))
+        with freed_memory_goes_back():
+            inputs, dh = make_inputs(text, args)
+            reference = oracle(inputs, dh)
+            progress.update()
+            for form in forms:
+                slow = is_interpreted(form) and not reason_not_to_run(form, args.dtype)
+                progress.set_description(f"{form.name}, interpreted (slow)" if slow else form.name)
+                rows.append(compare(form, inputs, dh, reference, args))
+                progress.update()
+        for row in rows:
+            progress.set_description(f"{row.form.name}, time")
+            take_times(row, inputs, dh, args)
             progress.update()
         if not args.no_figures:
             progress.set_description("pictures")
