@@ -32,7 +32,13 @@ from tfla_lab.inputs import Inputs, cast, read_text, text_inputs
 
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
 MIB = 2**20
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers from glibc's malloc.h
+# glibc's mallopt: {parameter (its number in malloc.h): (within freed_memory_goes_back, outside)}
+MALLOPT = {
+    -3: (4096, 32 * MIB),  # M_MMAP_THRESHOLD: from this size on, memory is taken from the system for itself
+    -4: (2**15, 2**16),  # M_MMAP_MAX: so many times; Linux allows a process twice as many mappings
+    -1: (0, 64 * MIB),  # M_TRIM_THRESHOLD: of the rest, so much may be free at the end
+    -2: (0, MIB // 8),  # M_TOP_PAD: and so much more is asked for
+}
 TIMED_RUNS = 3
 # Pictures of single steps show so many of them: more could not be read.
 STEPS_OF_GATES, STEPS_OF_MATRIX = 72, 32
@@ -125,8 +131,9 @@ def peak_memory(run: Callable[[], Any], device: str) -> tuple[Any, float | None]
     """What run() returns, and the MiB that it needed at its peak beyond what was there before.
 
     On the GPU PyTorch keeps the books. On the CPU NumPy and PyTorch allocate each in their own way, so the only honest
-    book is the operating system's: the peak of the process's resident memory. Linux keeps it without any sampling, and
-    lets a process set it back. Elsewhere there is no such number, and it is None. Use it within freed_memory_goes_back.
+    book is the operating system's: the peak of the process's resident memory, in pages of 4 KiB. Linux keeps it without
+    any sampling, and lets a process set it back. Elsewhere there is no such number, and it is None. Call this within
+    freed_memory_goes_back.
     """
     gc.collect()
     if device == "cuda":
@@ -154,24 +161,22 @@ def freed_memory_goes_back() -> Iterator[None]:
     """Within it, freed memory goes back to the system at once, so that resident memory is memory in use.
 
     glibc would keep it for the next need, which would then not be seen, and scatter what it hands out again, which
-    would be seen twice. That saves time, though: times are taken outside. (Other C libraries are left as they are.)
+    would be seen twice. That saves time, though: times are taken outside. Other C libraries are left as they are.
     """
-    if glibc() is None:
-        yield
-        return
-    for parameter, value in ((M_MMAP_THRESHOLD, 4096), (M_TRIM_THRESHOLD, 0), (M_TOP_PAD, 0)):
-        glibc().mallopt(parameter, value)
+    libc = glibc()
+    for parameter, (within, _) in MALLOPT.items() if libc else ():
+        libc.mallopt(parameter, within)
     try:
         yield
-    finally:  # what glibc itself arrives at in a program that uses large arrays
-        for parameter, value in ((M_MMAP_THRESHOLD, 32 * MIB), (M_TRIM_THRESHOLD, 64 * MIB), (M_TOP_PAD, MIB // 8)):
-            glibc().mallopt(parameter, value)
+    finally:
+        for parameter, (_, outside) in MALLOPT.items() if libc else ():
+            libc.mallopt(parameter, outside)
 
 
 def reset_resident_peak() -> float | None:
     """Sets VmHWM back to VmRSS, and returns it; None where the system has or allows no such thing."""
-    if glibc() is not None:
-        glibc().malloc_trim(0)  # what was freed before freed_memory_goes_back
+    if libc := glibc():
+        libc.malloc_trim(0)  # what was freed before freed_memory_goes_back
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return resident("VmRSS")

@@ -1,0 +1,29 @@
+# Two commands: `make lab` opens the notebooks, `make test` runs the whole suite. Each sets up .venv by itself, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: lab test tour lint bench
+
+lab: $(READY)
+	$(BIN)/jupyter lab 01_recurrent/01_recurrent.ipynb
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto
+
+tour: $(READY)
+	$(BIN)/python -m tfla_lab.tour $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On a machine with a GPU.
+bench: $(READY)
+	$(BIN)/python -m tfla_lab.bench $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,test]'
+	touch $@

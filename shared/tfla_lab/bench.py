@@ -1,0 +1,160 @@
+"""Time and memory of the Triton forms on a GPU (`make bench`).
+
+    python -m tfla_lab.bench [--only mlstm_limit_chunk] [--T 2048 8192] [--chunk-size 64] [--output FILE]
+
+The setting of the paper: always 65,536 tokens, so the batch is 65,536 / T; 16 heads of d_qk = 128, d_hv = 256, in
+bfloat16. Before a configuration is timed, its first batch entry is compared with the chunkwise form in float64: h and
+the five gradients. A configuration that is wrong is reported with its error, not timed. Times are medians over many
+launches, in milliseconds; memory is the peak of forward + backward above the inputs and the gradient of h, in GiB. The
+card's own copy rate is measured beside them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tfla_lab.check import budget, relative_error
+from tfla_lab.forms import FORMS, has_gpu, run_torch
+from tfla_lab.inputs import Inputs
+from tfla_lab.record import describe_machine
+
+TOKENS = 65_536
+
+
+def median_ms(function: Callable[[], object], *, seconds: float = 0.3) -> tuple[float, float]:
+    """Median and spread (interquartile range) of the run time in milliseconds, by device events, after a warm-up.
+
+    Between two runs a buffer larger than the L2 cache is overwritten, so that no run finds its inputs there.
+    """
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    times: list[float] = []
+    warm_up = 3
+    while len(times) < 10 + warm_up or sum(times) < 1000 * seconds:
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    quartiles = statistics.quantiles(times[warm_up:], n=4)
+    return quartiles[1], quartiles[2] - quartiles[0]
+
+
+def copy_rate() -> float:
+    """TB/s of a device-to-device copy of 2 GiB, bytes read plus bytes written."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    milliseconds, _ = median_ms(lambda: target.copy_(source))
+    return 2 * source.numel() / milliseconds / 1e9
+
+
+def draw(B: int, NH: int, T: int, DQK: int, DHV: int, dtype: torch.dtype) -> tuple[Inputs, torch.Tensor]:
+    """Inputs as in the regime "typical" of tfla_lab.inputs, drawn on the GPU; and a gradient of h."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    q, k, v, dh = (normal(B, NH, T, D).to(dtype) for D in (DQK, DQK, DHV, DHV))
+    return Inputs(q, k, v, normal(B, NH, T), normal(B, NH, T) + 3), dh
+
+
+def errors(function: Callable, inputs: Inputs, dh: torch.Tensor, **options) -> dict[str, float]:
+    """Relative errors of the first batch entry against the chunkwise form in float64."""
+    actual = run_torch(function, inputs, dh, **options)
+    first = Inputs(*(x[:1].double() for x in inputs))
+    expected = run_torch(FORMS["mlstm_chunkwise"].load(), first, dh[:1].double())
+    return {name: relative_error(actual[name][:1], expected[name]) for name in ("h", "dq", "dk", "dv", "di", "df")}
+
+
+def measure(name: str, T: int, *, chunk_size: int, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -> dict:
+    """One row of the results."""
+    function, B = FORMS[name].load(), TOKENS // T
+    kind = str(dtype).removeprefix("torch.")
+    row = {
+        "kernel": name,
+        "T": T,
+        "batch": B,
+        "heads": NH,
+        "d_qk": DQK,
+        "d_hv": DHV,
+        "chunk_size": chunk_size,
+        "dtype": kind,
+    }
+    inputs, dh = draw(B, NH, T, DQK, DHV, dtype)
+    found = errors(function, inputs, dh, chunk_size=chunk_size)
+    row["errors"] = {tensor: float(f"{error:.2g}") for tensor, error in found.items()}
+    row["correct"] = all(error <= budget(tensor, kind) for tensor, error in found.items())
+    if not row["correct"]:
+        return row
+
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def forward_backward() -> None:
+        torch.autograd.grad(function(*leaves, chunk_size=chunk_size), leaves, dh)
+
+    with torch.no_grad():
+        forward = median_ms(lambda: function(*inputs, chunk_size=chunk_size))
+    both = median_ms(forward_backward)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward_backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    row["forward_ms"], row["forward_spread_ms"] = (round(x, 3) for x in forward)
+    row["forward_backward_ms"], row["forward_backward_spread_ms"] = (round(x, 3) for x in both)
+    row["memory_gib"] = round(peak / 2**30, 3)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| kernel | T | chunk | forward | forward + backward | memory |", "|---|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        numbers = "wrong: " + ", ".join(f"{n} {e}" for n, e in row["errors"].items())
+        if row["correct"]:
+            numbers = f"{row['forward_ms']:.2f} ms | {row['forward_backward_ms']:.2f} ms | {row['memory_gib']:.2f} GiB"
+        lines.append(f"| `{row['kernel']}` | {row['T']} | {row['chunk_size']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tfla_lab.bench", description=__doc__.split("\n")[0])
+    triton_forms = [form.name for form in FORMS.values() if form.library == "triton"]
+    parser.add_argument("--only", choices=triton_forms, action="append", help="may be given more than once")
+    parser.add_argument("--T", type=int, nargs="+", default=[2048, 8192, 32768, 65536], help="divisors of 65,536")
+    parser.add_argument("--chunk-size", type=int, nargs="+", default=[64])
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--dqk", type=int, default=128)
+    parser.add_argument("--dhv", type=int, default=256)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    arguments = parser.parse_args(argv)
+    if any(T < 1 or TOKENS % T for T in arguments.T):
+        parser.error(f"argument --T: must divide {TOKENS}")
+    if not has_gpu():
+        parser.error("no GPU here: there is nothing to time")
+
+    jobs = [(n, T, L) for n in arguments.only or triton_forms for L in arguments.chunk_size for T in arguments.T]
+    rows = []
+    for name, T, L in tqdm(jobs, unit="row"):
+        shape = {"NH": arguments.heads, "DQK": arguments.dqk, "DHV": arguments.dhv}
+        rows.append(measure(name, T, chunk_size=L, dtype=getattr(torch, arguments.dtype), **shape))
+    result = describe_machine() | {"copy_rate_tb_s": round(copy_rate(), 3), "rows": rows}
+    print(table(rows))
+    print(f"copy rate {result['copy_rate_tb_s']} TB/s, {result['device']}, {result['date']}, {result['versions']}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(row["correct"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

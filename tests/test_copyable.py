@@ -1,0 +1,98 @@
+"""Every kernel file works alone: copied into an empty folder, it imports nothing of this project, and runs."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNEL_FILES = sorted(ROOT.glob("0*/*.py"))
+IDS = [file.stem for file in KERNEL_FILES]
+
+RUN = """
+import sys, os
+from pathlib import Path
+root = Path({root!r})
+sys.path = [""] + [p for p in sys.path if p and not (Path(p) / "tfla_lab").exists() and Path(p).parent != root]
+import numpy as np
+rng = np.random.default_rng(0)
+q, k, v = rng.normal(size=(3, 1, 2, 40, 8)).astype(np.float32)
+i, f = rng.normal(size=(2, 1, 2, 40)).astype(np.float32)
+import {name} as module
+assert Path(module.__file__).parent == Path.cwd(), module.__file__
+function = getattr(module, {name!r})
+if "torch" in vars(module):
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = [torch.from_numpy(a).to(device).requires_grad_() for a in (q, k, v, i, f)]
+    h, state = function(*x, return_state=True)
+    h.sum().backward()
+    assert all(torch.isfinite(a.grad).all() for a in x)
+else:
+    h, state = function(q, k, v, i, f, return_state=True)
+assert h.shape == (1, 2, 40, 8) and len(state) == 3
+ours = [m for m in sys.modules if m.startswith(("mlstm", "tfla"))]
+assert ours == [{name!r}], ours
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=IDS)
+def test_runs_alone_in_an_empty_folder(file, tmp_path):
+    if "import triton" in file.read_text():
+        pytest.importorskip("triton", reason="Triton has no wheels for this system")
+    shutil.copy(file, tmp_path)
+    code = RUN.format(root=str(ROOT), name=file.stem)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "fine\n", result.stderr
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=IDS)
+def test_imports_numpy_torch_and_triton_only(file):
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported <= {"numpy", "torch", "triton"}
+    if file.parent.name == "01_recurrent":
+        assert imported == {"numpy"}
+
+
+def functions(path: Path) -> dict[str, str]:
+    source = path.read_text()
+    return {
+        node.name: ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+
+
+def test_functions_marked_as_the_same_are_the_same():
+    """Files that are copied alone must repeat some functions. They say so, and this keeps the two texts equal."""
+    marks = 0
+    for file in KERNEL_FILES:
+        for path, original, name in re.findall(r"^# same as (\S+)::(\w+)\n(?:@.*\n)*def (\w+)", file.read_text(), re.M):
+            assert original == name, f"{file.name}: the mark for {original} stands above {name}"
+            assert functions(file)[name] == functions(ROOT / path)[name], f"{file.name}: {name} differs from {path}"
+            marks += 1
+    assert marks >= 4
+
+
+def test_repeated_functions_are_marked():
+    """And none is repeated without saying so."""
+    seen: dict[str, Path] = {}
+    for file in KERNEL_FILES:
+        for name, text in functions(file).items():
+            if text in seen and text.count("\n") > 1:
+                assert f"# same as {seen[text].relative_to(ROOT)}::{name}\n" in file.read_text(), (file.name, name)
+            seen.setdefault(text, file)

@@ -1,0 +1,66 @@
+"""What the READMEs say is true: their Python runs, their tables and links are right."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("0*/README.md"))]
+BLOCKS = [
+    pytest.param(readme, block, id=f"{readme.parent.name if readme.parent != ROOT else 'top'}-{number}")
+    for readme in READMES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", readme.read_text(), re.S))
+]
+
+
+@pytest.mark.parametrize(("readme", "block"), BLOCKS)
+def test_python_blocks_run_beside_copied_files(readme, block, tmp_path):
+    """In an empty folder with the stage's kernel files copied into it (all stages' for the top README)."""
+    if "limit_chunk" in block:
+        pytest.importorskip("triton", reason="Triton has no wheels for this system")
+    folder = readme.parent
+    for file in folder.glob("0*/*.py") if folder == ROOT else folder.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "example.py").write_text(block)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_stage_readme_has_an_example():
+    assert set(READMES) == {param.values[0] for param in BLOCKS}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.parent.name)
+def test_links_lead_somewhere(readme):
+    for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text()) + re.findall(r'src="([^"]+)"', readme.read_text()):
+        if not target.startswith("http"):
+            assert (readme.parent / target).exists(), target
+
+
+def test_line_counts_in_the_table():
+    text = (ROOT / "README.md").read_text()
+    counts = re.findall(r"\[`(\w+\.py)`\]\(([^)]+)\) \((\d+) lines\)", text)
+    assert {name for name, _, _ in counts} == {file.name for file in ROOT.glob("0*/*.py")}
+    for _, path, count in counts:
+        assert len((ROOT / path).read_text().splitlines()) == int(count), path
+
+
+def test_result_tables_equal_the_result_files():
+    """Every number in a results table stands in the JSON file that the README names."""
+    from tfla_lab.bench import table
+
+    readme = (ROOT / "03_chunkwise/README.md").read_text()
+    result = json.loads((ROOT / "shared/results/stage03_h200.json").read_text())
+    assert table(result["rows"]) in readme
+    assert result["device"] in readme
+    for package in ("torch", "triton"):
+        assert f"{package} {result['versions'][package].partition('+')[0]}" in readme.lower()
