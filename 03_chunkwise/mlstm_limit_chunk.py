@@ -12,9 +12,10 @@ backwards, then dq_, dk_ and dv_kernel work on all chunks at once. "Limit chunk"
 its chunk on chip, so L is at most 128. Stage 04 lifts this limit.
 
 Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i and columns j of a chunk):
-    b        sum_{r<=i} log sigmoid(f_r) since the chunk began           (B*NH, NC*L)  float64
+    start    where in the chunk step i's document begins; -1: before it  (B*NH, NC*L)  int32
+    b        sum_{r<=i} log sigmoid(f_r) since then, or since the chunk began   (B*NH, NC*L)  float64
     u        i_j - b_j, so that log D_ij = b_i + u_j and a_j = g + u_j   (B*NH, NC*L)  float64
-    m_intra  max_{j<=i} log D_ij                                         (B*NH, NC*L)
+    m_intra  max_{start<=j<=i} log D_ij                                  (B*NH, NC*L)
     g        b at the chunk's last step
     C, n, m  the state at the chunk borders 0..NC             (B*NH, NC+1, DQK, DHV), (B*NH, NC+1, DQK), (B*NH, NC+1)
     W        e^(b_i + u_j - m_i), gate weights                (L, L)
@@ -53,7 +54,8 @@ State = tuple[Tensor, Tensor, Tensor]
 
 # Triton's interpreter (TRITON_INTERPRET=1, for machines without a GPU) cannot multiply bfloat16.
 INTERPRETED = triton.knobs.runtime.interpret
-# A forget gate of f = -inf forgets by e^LOG_FORGOTTEN instead of e^-inf: also 0, but inf - inf never arises.
+# A forget gate below this, f = -inf above all, begins a new document. Its sum starts anew, and the masks keep the old
+# document out: exactly, where inf - inf would be NaN.
 LOG_FORGOTTEN = tl.constexpr(-1e7)
 # The floor e^(-m) of the denominator must stay a number that one can divide by, or a query of zeros would meet 0 / 0.
 # So m is capped there, far beyond where the floor could still be seen in h.
@@ -100,25 +102,38 @@ def head(ptr, bh, NH, stride_b, stride_h):
 
 
 @triton.jit
-def load_row_gates(b_ptr, m_intra_ptr, m_start, offs_gate):
-    """Of a chunk's rows: m, b - m, and w_state."""
-    b = tl.load(b_ptr + offs_gate)
-    m = tl.maximum((b + m_start).to(tl.float32), tl.load(m_intra_ptr + offs_gate))
-    return m, b - m, tl.exp((b + m_start - m).to(tl.float32))
+def load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, offs_gate):
+    """Of a chunk's rows: start, m, b - m and w_state, where the chunk's first state has the stabilizer m_state."""
+    start, b, m_intra = tl.load(start_ptr + offs_gate), tl.load(b_ptr + offs_gate), tl.load(m_intra_ptr + offs_gate)
+    log_w_state = tl.where(start < 0, b + m_state, -float("inf"))
+    m = tl.maximum(log_w_state.to(tl.float32), m_intra)
+    m = tl.where(m == -float("inf"), 0.0, m)  # forgot everything, wrote nothing: any m describes an empty memory
+    return start, m, b - m, tl.exp((log_w_state - m).to(tl.float32))
 
 
 @triton.jit
-def gate_weights(b_m, u, L: tl.constexpr):
-    """W_ij = e^(b_i + u_j - m_i) for j <= i, else 0. The exponent is masked: beyond the diagonal it may be huge."""
-    row, column = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    return tl.exp(tl.where(row >= column, (b_m[:, None] + u[None, :]).to(tl.float32), -float("inf")))
+def load_end_gates(start_ptr, b_ptr, u_ptr, m_state, m_next, offs_gate, offs_last, offs_l):
+    """decay and w_end: the weights of the chunk's first state and of its steps in the next state."""
+    start, g = tl.load(start_ptr + offs_last), tl.load(b_ptr + offs_last)
+    decay = tl.where(start < 0, tl.exp((g + m_state - m_next).to(tl.float32)), 0.0)
+    log_w_end = tl.where(offs_l >= start, g + tl.load(u_ptr + offs_gate) - m_next, -float("inf"))
+    return decay, tl.exp(log_w_end.to(tl.float32))
 
 
 @triton.jit
-def gate_weights_transposed(b_m, u, L: tl.constexpr):
+def gate_weights(start, b_m, u, L: tl.constexpr):
+    """W_ij = e^(b_i + u_j - m_i) for start_i <= j <= i, else 0. The exponent is masked: elsewhere it may be huge."""
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    mask = (i >= j) & (j >= start[:, None])
+    return tl.exp(tl.where(mask, (b_m[:, None] + u[None, :]).to(tl.float32), -float("inf")))
+
+
+@triton.jit
+def gate_weights_transposed(start, b_m, u, L: tl.constexpr):
     """W^T, with steps j as rows and i as columns."""
-    row, column = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    return tl.exp(tl.where(row <= column, (u[:, None] + b_m[None, :]).to(tl.float32), -float("inf")))
+    j, i = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    mask = (i >= j) & (j >= start[None, :])
+    return tl.exp(tl.where(mask, (u[:, None] + b_m[None, :]).to(tl.float32), -float("inf")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,11 +141,11 @@ def gate_weights_transposed(b_m, u, L: tl.constexpr):
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
 def gates_kernel(
-    i_ptr, f_ptr, b_ptr, u_ptr, m_intra_ptr,
+    i_ptr, f_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     T, NC, NH, L: tl.constexpr,
 ):  # fmt: skip
-    """b, u and m_intra of one chunk, from its L gates. Grid: NC * B * NH.
+    """start, b, u and m_intra of one chunk, from its L gates. Grid: NC * B * NH.
 
     Steps past T neither forget (log sigmoid(f) = 0) nor write (i = -inf).
     """
@@ -143,12 +158,16 @@ def gates_kernel(
     i, f = i.to(tl.float64), f.to(tl.float64)
 
     f_bar = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))  # in float64 nothing visible is lost in 1 + e^-|f|
-    b = tl.cumsum(tl.maximum(f_bar, LOG_FORGOTTEN), axis=0)
+    reset = f_bar < LOG_FORGOTTEN
+    row, column = offs_l[:, None], offs_l[None, :]
+    start = tl.max(tl.where((row >= column) & reset[None, :], column, -1), axis=1)  # the last reset up to each step
+    mask = (row >= column) & (column >= start[:, None])  # (L, L)
+    b = tl.sum(tl.where(mask, tl.where(reset, 0.0, f_bar)[None, :], 0.0), axis=1)
     u = i - b
-    log_D = tl.where(offs_l[:, None] >= offs_l[None, :], b[:, None] + u[None, :], -float("inf"))  # (L, L)
-    m_intra = tl.max(log_D, axis=1).to(tl.float32)
+    m_intra = tl.max(tl.where(mask, b[:, None] + u[None, :], -float("inf")), axis=1).to(tl.float32)
 
     offs_gate = (bh * NC + c) * L + offs_l
+    tl.store(start_ptr + offs_gate, start)
     tl.store(b_ptr + offs_gate, b)
     tl.store(u_ptr + offs_gate, u)
     tl.store(m_intra_ptr + offs_gate, m_intra)
@@ -156,7 +175,7 @@ def gates_kernel(
 
 @triton.jit
 def states_kernel(
-    k_ptr, v_ptr, b_ptr, u_ptr, m_intra_ptr, C_0_ptr, n_0_ptr, m_0_ptr, C_ptr, n_ptr, m_ptr, C_T_ptr,
+    k_ptr, v_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_0_ptr, n_0_ptr, m_0_ptr, C_ptr, n_ptr, m_ptr, C_T_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     T, NC, NH,
     DQK: tl.constexpr, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
@@ -187,7 +206,7 @@ def states_kernel(
     else:
         C = load_tile(C_0_ptr + bh * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)
         n = tl.load(n_0_ptr + bh * DQK + offs_k, mask=offs_k < DQK, other=0.0)
-        m = tl.maximum(tl.load(m_0_ptr + bh), LOG_FORGOTTEN)
+        m = tl.maximum(tl.load(m_0_ptr + bh), LOG_FORGOTTEN)  # m_0 = -inf: an empty memory
 
     for c in range(NC):
         store_tile(C_ptr, C, offs_k, offs_v, DHV, DQK, DHV)
@@ -197,11 +216,11 @@ def states_kernel(
                 tl.store(m_ptr, m)
         C_ptr, n_ptr, m_ptr = C_ptr + DQK * DHV, n_ptr + DQK, m_ptr + 1
 
-        offs_gate = (bh * NC + c) * L + offs_l
-        g = tl.load(b_ptr + (bh * NC + c) * L + L - 1)
-        m_next = tl.maximum((g + m).to(tl.float32), tl.load(m_intra_ptr + (bh * NC + c) * L + L - 1))
-        decay = tl.exp((g + m - m_next).to(tl.float32))
-        w_end = tl.exp((g + tl.load(u_ptr + offs_gate) - m_next).to(tl.float32))  # (L,)
+        offs_chunk = (bh * NC + c) * L
+        _, m_next, _, _ = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m, offs_chunk + L - 1)  # the last row's m
+        decay, w_end = load_end_gates(
+            start_ptr, b_ptr, u_ptr, m, m_next, offs_chunk + offs_l, offs_chunk + L - 1, offs_l
+        )  # fmt: skip
 
         offs_t = (c * L + offs_l).to(tl.int64)
         k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32) * w_end[:, None]  # (L, BLOCK_DQK)
@@ -220,7 +239,7 @@ def states_kernel(
 
 @triton.jit
 def h_kernel(
-    q_ptr, k_ptr, v_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr, h_ptr, S_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr, h_ptr, S_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_hb, stride_hh, stride_ht,
     T, NC, NH, s,
@@ -259,8 +278,8 @@ def h_kernel(
         h_state = tl.dot(q.to(DOT), operand(C, DOT, PRECISION), h_state, input_precision=PRECISION)
         S_state += tl.sum(q.to(tl.float32) * n[None, :], axis=1)
 
-    m, b_m, w_state = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
-    P = s * scores * gate_weights(b_m, tl.load(u_ptr + offs_gate), L)  # (L, L)
+    start, m, b_m, w_state = load_row_gates(start_ptr, b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
+    P = s * scores * gate_weights(start, b_m, tl.load(u_ptr + offs_gate), L)  # (L, L)
     S = tl.sum(P, axis=1) + s * w_state * S_state
     D = tl.maximum(tl.abs(S), tl.exp(-tl.minimum(m, M_CAP)))
 
@@ -276,7 +295,7 @@ def h_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
 def delta_kernel(
-    dh_ptr, h_ptr, S_ptr, b_ptr, m_intra_ptr, m_ptr, r_ptr, delta_ptr,
+    dh_ptr, h_ptr, S_ptr, start_ptr, b_ptr, m_intra_ptr, m_ptr, r_ptr, delta_ptr,
     stride_gb, stride_gh, stride_gt, stride_hb, stride_hh, stride_ht,
     T, NC, NH, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DHV: tl.constexpr,
 ):  # fmt: skip
@@ -296,7 +315,8 @@ def delta_kernel(
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(tl.float32)
         dh_h += tl.sum(dh * load_tile(h_ptr, offs_t, offs_v, stride_ht, T, DHV).to(tl.float32), axis=1)
 
-    m, _, _ = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + bh * (NC + 1) + c), (bh * NC + c) * L + offs_l)
+    m_state = tl.load(m_ptr + bh * (NC + 1) + c)
+    _, m, _, _ = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, (bh * NC + c) * L + offs_l)
     S = tl.load(S_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     floor = tl.exp(-tl.minimum(m, M_CAP))
     r = 1.0 / tl.maximum(tl.abs(S), floor)
@@ -307,7 +327,7 @@ def delta_kernel(
 
 @triton.jit
 def dstates_kernel(
-    q_ptr, dh_ptr, b_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr, dC_T_ptr, dn_T_ptr,
+    q_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr, dC_T_ptr, dn_T_ptr,
     dC_ptr, dn_ptr, carry_ptr, dC_0_ptr, dn_0_ptr,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     T, NC, NH, s,
@@ -349,9 +369,10 @@ def dstates_kernel(
         if tile_v == 0:
             tl.store(dn_ptr + offs_k, dn, mask=offs_k < DQK)
 
-        m_start = tl.load(m_ptr + bh * (NC + 1) + c)
-        g = tl.load(b_ptr + (bh * NC + c) * L + L - 1)
-        decay = tl.exp((g + m_start - m_next).to(tl.float32))
+        m_state, offs_chunk = tl.load(m_ptr + bh * (NC + 1) + c), (bh * NC + c) * L
+        decay, _ = load_end_gates(
+            start_ptr, b_ptr, u_ptr, m_state, m_next, offs_chunk + offs_l, offs_chunk + L - 1, offs_l
+        )  # fmt: skip
         C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
         n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
         carry = decay * (tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0))  # (BLOCK_DQK,)
@@ -359,7 +380,7 @@ def dstates_kernel(
         C_ptr, dC_ptr, n_ptr, dn_ptr = C_ptr - DQK * DHV, dC_ptr - DQK * DHV, n_ptr - DQK, dn_ptr - DQK
         carry_ptr -= DQK
 
-        _, _, w_state = load_row_gates(b_ptr, m_intra_ptr, m_start, (bh * NC + c) * L + offs_l)
+        _, _, _, w_state = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, offs_chunk + offs_l)
         offs_t = (c * L + offs_l).to(tl.int64)
         r = tl.load(r_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
         delta = tl.load(delta_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
@@ -367,7 +388,7 @@ def dstates_kernel(
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         dC = tl.dot(tl.trans(operand(q * r[:, None], DOT, PRECISION)), dh, dC * decay, input_precision=PRECISION)
         dn = dn * decay + tl.sum(q * delta[:, None], axis=0)
-        m_next = m_start
+        m_next = m_state
 
     store_tile(dC_0_ptr + bh * DQK * DHV, dC, offs_k, offs_v, DHV, DQK, DHV)
     if tile_v == 0:
@@ -376,7 +397,7 @@ def dstates_kernel(
 
 @triton.jit
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dh_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr,
     dq_ptr, q_dq_ptr, X_column_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
@@ -418,11 +439,11 @@ def dq_kernel(
         dP = tl.dot(dh, tl.trans(v), dP, input_precision=PRECISION)
         dq = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), dq, input_precision=PRECISION)
 
-    _, b_m, w_state = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
+    start, _, b_m, w_state = load_row_gates(start_ptr, b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
     r = tl.load(r_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     delta = tl.load(delta_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     n = tl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
-    dP = (dP * r[:, None] + delta[:, None]) * (s * gate_weights(b_m, tl.load(u_ptr + offs_gate), L))  # (L, L)
+    dP = (dP * r[:, None] + delta[:, None]) * (s * gate_weights(start, b_m, tl.load(u_ptr + offs_gate), L))  # (L, L)
 
     q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK)  # (L, BLOCK_DQK)
     k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
@@ -447,7 +468,8 @@ def dq_kernel(
 
 @triton.jit
 def dk_kernel(
-    q_ptr, k_ptr, v_ptr, dh_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, dC_ptr, dn_ptr, m_ptr, dk_ptr, k_dk_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, dC_ptr, dn_ptr, m_ptr,
+    dk_ptr, k_dk_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     T, NC, NH, s,
@@ -484,14 +506,14 @@ def dk_kernel(
         dP_T = tl.dot(v, tl.trans(dh), dP_T, input_precision=PRECISION)
         dk = tl.dot(v, tl.trans(operand(dC, DOT, PRECISION)), dk, input_precision=PRECISION)
 
-    _, b_m, _ = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
-    u = tl.load(u_ptr + offs_gate)
-    g = tl.load(b_ptr + (bh * NC + c) * L + L - 1)
-    w_end = tl.exp((g + u - tl.load(m_ptr + border + 1)).to(tl.float32))
+    m_state, m_next, u = tl.load(m_ptr + border), tl.load(m_ptr + border + 1), tl.load(u_ptr + offs_gate)
+    start, _, b_m, _ = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, offs_gate)
+    last = (bh * NC + c) * L + L - 1
+    _, w_end = load_end_gates(start_ptr, b_ptr, u_ptr, m_state, m_next, offs_gate, last, offs_l)
     r = tl.load(r_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     delta = tl.load(delta_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
     dn = tl.load(dn_ptr + (border + 1) * DQK + offs_k, mask=offs_k < DQK, other=0.0)
-    dP_T = (dP_T * r[None, :] + delta[None, :]) * (s * gate_weights_transposed(b_m, u, L))  # (L, L)
+    dP_T = (dP_T * r[None, :] + delta[None, :]) * (s * gate_weights_transposed(start, b_m, u, L))  # (L, L)
 
     q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
     k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32)
@@ -505,7 +527,7 @@ def dk_kernel(
 
 @triton.jit
 def dv_kernel(
-    q_ptr, k_ptr, dh_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, dC_ptr, m_ptr, dv_ptr,
+    q_ptr, k_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, dC_ptr, m_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     T, NC, NH, s,
@@ -541,12 +563,12 @@ def dv_kernel(
         P_T = tl.dot(k, tl.trans(q), P_T, input_precision=PRECISION)
         dv = tl.dot(k, operand(dC, DOT, PRECISION), dv, input_precision=PRECISION)
 
-    _, b_m, _ = load_row_gates(b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
-    u = tl.load(u_ptr + offs_gate)
-    g = tl.load(b_ptr + (bh * NC + c) * L + L - 1)
-    w_end = tl.exp((g + u - tl.load(m_ptr + border + 1)).to(tl.float32))
+    m_state, m_next, u = tl.load(m_ptr + border), tl.load(m_ptr + border + 1), tl.load(u_ptr + offs_gate)
+    start, _, b_m, _ = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, offs_gate)
+    last = (bh * NC + c) * L + L - 1
+    _, w_end = load_end_gates(start_ptr, b_ptr, u_ptr, m_state, m_next, offs_gate, last, offs_l)
     r = tl.load(r_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
-    P_T = P_T * gate_weights_transposed(b_m, u, L) * (s * r)[None, :]  # (L, L)
+    P_T = P_T * gate_weights_transposed(start, b_m, u, L) * (s * r)[None, :]  # (L, L)
 
     dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
     dv = tl.dot(operand(P_T, DOT, PRECISION), dh, dv * w_end[:, None], input_precision=PRECISION)
@@ -655,11 +677,11 @@ def tiles(o: dict) -> tuple[int, int]:
 
 
 def run_states(k, v, i, f, state, L: int) -> tuple[Tensor, ...]:
-    """gates_kernel and states_kernel: b, u, m_intra; C, n, m at all borders; the final C in float32."""
+    """gates_kernel and states_kernel: (start, b, u, m_intra); C, n, m at all borders; the final C in float32."""
     (B, NH, T, DQK), DHV, NC = k.shape, v.shape[-1], triton.cdiv(k.shape[2], L)
     o = launch_options("states", k, v, L)
-    gates = {"dtype": torch.float64, "device": k.device}
-    b, u = torch.empty(B * NH, NC * L, **gates), torch.empty(B * NH, NC * L, **gates)
+    start = torch.empty(B * NH, NC * L, dtype=torch.int32, device=k.device)
+    b, u = torch.empty(2, B * NH, NC * L, dtype=torch.float64, device=k.device)
     m_intra, n, m, C_T = (
         torch.empty(shape, dtype=torch.float32, device=k.device)
         for shape in ((B * NH, NC * L), (B, NH, NC + 1, DQK), (B, NH, NC + 1), (B, NH, DQK, DHV))
@@ -667,12 +689,13 @@ def run_states(k, v, i, f, state, L: int) -> tuple[Tensor, ...]:
     # The states go into the matrix unit again: they are stored as they will be multiplied.
     dtype_C = torch.bfloat16 if o["DOT"] == tl.bfloat16 else torch.float32
     C = torch.empty(B, NH, NC + 1, DQK, DHV, dtype=dtype_C, device=k.device)
-    gates_kernel[(NC * B * NH,)](i, f, b, u, m_intra, *i.stride(), *f.stride(), T, NC, NH, L, num_warps=max(1, L // 16))
+    gates = (start, b, u, m_intra)
+    gates_kernel[(NC * B * NH,)](i, f, *gates, *i.stride(), *f.stride(), T, NC, NH, L, num_warps=max(1, L // 16))
     tiles_k, tiles_v = tiles(o)
     states_kernel[(tiles_k * tiles_v, B * NH)](
-        k, v, b, u, m_intra, *state, C, n, m, C_T, *k.stride()[:3], *v.stride()[:3], T, NC, NH, **o
+        k, v, *gates, *state, C, n, m, C_T, *k.stride()[:3], *v.stride()[:3], T, NC, NH, **o
     )
-    return b, u, m_intra, C, n, m, C_T
+    return gates, C, n, m, C_T
 
 
 def contiguous_state(C: Tensor | None, n: Tensor | None, m: Tensor | None) -> list[Tensor | None]:
@@ -690,10 +713,10 @@ def launch_forward(
     if h.numel() == 0:
         C_T, n_T, m_T = _empty_state(q, v) if C_0 is None else [x.clone() for x in state]
         return h, C_T, n_T, m_T, S
-    b, u, m_intra, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
+    gates, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
     o, NC = launch_options("h", q, v, chunk_size), triton.cdiv(T, chunk_size)
     h_kernel[(tiles(o)[1] * NC * B * NH,)](
-        q, k, v, b, u, m_intra, C, n, m, h, S,
+        q, k, v, *gates, C, n, m, h, S,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *h.stride()[:3], T, NC, NH, q.shape[-1] ** -0.5, **o,
     )  # fmt: skip
     return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), S
@@ -714,16 +737,16 @@ def launch_backward(
     NC, s = triton.cdiv(T, chunk_size), q.shape[-1] ** -0.5
     dh = dh if dh.stride(-1) == 1 else dh.contiguous()
     state, dstate = contiguous_state(C_0, n_0, m_0), contiguous_state(dC_T, dn_T, None)
-    b, u, m_intra, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
+    gates, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     strides_q, strides_k, strides_v, strides_dh = (x.stride()[:3] for x in (q, k, v, dh))
-    sizes = (T, NC, NH, s)
+    sizes, (start, b, _, m_intra) = (T, NC, NH, s), gates
     r, delta = empty(B, NH, T), empty(B, NH, T)
     delta_kernel[(NC * B * NH,)](
-        dh, h, S, b, m_intra, m, r, delta, *strides_dh, *h.stride()[:3], T, NC, NH,
+        dh, h, S, start, b, m_intra, m, r, delta, *strides_dh, *h.stride()[:3], T, NC, NH,
         DHV, chunk_size, min(64, triton.next_power_of_2(DHV)),
     )  # fmt: skip
 
@@ -731,24 +754,24 @@ def launch_backward(
     tiles_k, tiles_v = tiles(o)
     dC, dn, carry = torch.empty_like(C), torch.empty_like(n), empty(tiles_v, B, NH, NC, DQK)
     dstates_kernel[(tiles_k * tiles_v, B * NH)](
-        q, dh, b, m_intra, r, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
+        q, dh, *gates, r, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
         *strides_q, *strides_dh, *sizes, **o,
     )  # fmt: skip
     o = launch_options("dq", q, v, chunk_size)
     q_dq, X_column = empty(tiles(o)[0], B, NH, T), empty(B, NH, T)
     dq_kernel[(tiles(o)[0] * NC * B * NH,)](
-        q, k, v, dh, b, u, m_intra, r, delta, C, n, m, dq, q_dq, X_column,
+        q, k, v, dh, *gates, r, delta, C, n, m, dq, q_dq, X_column,
         *strides_q, *strides_k, *strides_v, *strides_dh, *dq.stride()[:3], *sizes, **o,
     )  # fmt: skip
     o = launch_options("dk", q, v, chunk_size)
     k_dk = empty(tiles(o)[0], B, NH, T)
     dk_kernel[(tiles(o)[0] * NC * B * NH,)](
-        q, k, v, dh, b, u, m_intra, r, delta, dC, dn, m, dk, k_dk,
+        q, k, v, dh, *gates, r, delta, dC, dn, m, dk, k_dk,
         *strides_q, *strides_k, *strides_v, *strides_dh, *dk.stride()[:3], *sizes, **o,
     )  # fmt: skip
     o = launch_options("dv", q, v, chunk_size)
     dv_kernel[(tiles(o)[1] * NC * B * NH,)](
-        q, k, dh, b, u, m_intra, r, dC, m, dv, *strides_q, *strides_k, *strides_dh, *dv.stride()[:3], *sizes, **o
+        q, k, dh, *gates, r, dC, m, dv, *strides_q, *strides_k, *strides_dh, *dv.stride()[:3], *sizes, **o
     )
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
@@ -757,8 +780,8 @@ def launch_backward(
         dm_0 = (C_0 * dC_0).sum(dim=(-2, -1)) + (n_0 * dn_0).sum(dim=-1)
     if dC_T is not None:
         overlap_T = (C_T * dC_T).sum(dim=(-2, -1)) + (n[:, :, -1] * dn_T).sum(dim=-1)
-        start = torch.zeros_like(dm_T) if m_0 is None else m_0
-        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), start, dm_T - overlap_T)
+        m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
+        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap_T)
         di_rest, df_bar_rest, dm_0 = di_rest.float().contiguous(), df_bar_rest.float().contiguous(), dm_0 + dm_0_rest
     dgates_kernel[(NC * B * NH,)](
         f, q_dq, k_dk, X_column, carry, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),

@@ -264,24 +264,26 @@ def suite(module) -> None:
         )  # fmt: skip
     properties.nothing_but_padding(module.mlstm_limit_chunk, torch.float32, chunk_size=16)
     properties.batch_and_heads_are_independent(module.mlstm_limit_chunk, torch.float32, bitwise=True, chunk_size=32)
-    inputs, dh, state, dstate = properties.make(1, 1, 40, 80, 80, dtype=torch.float32)
-    actual = run_torch(module.mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=32)
-    properties.compare_with(
-        inputs, dh, properties.oracle(inputs, dh, initial_state=state, dstate=dstate), actual, torch.float32
-    )
+    properties.compare_with_oracle(  # heads of several tiles
+        module.mlstm_limit_chunk, 1, 1, 40, 80, 80, regime="typical", with_state=True, dtype=torch.float32,
+        layout="BHTD", seed=0, chunk_size=32,
+    )  # fmt: skip
 
 
 MUTANTS = [
-    ("tl.where(row >= column, (b_m[:, None] + u[None, :]).to(tl.float32), -float(\"inf\"))",
-     "(b_m[:, None] + u[None, :]).to(tl.float32)"),  # the causal mask
-    ("tl.where(row <= column, (u[:, None] + b_m[None, :]).to(tl.float32), -float(\"inf\"))",
-     "(u[:, None] + b_m[None, :]).to(tl.float32)"),
+    ("mask = (i >= j) & (j >= start[:, None])", "mask = j >= start[:, None]"),  # the causal mask
+    ("mask = (i >= j) & (j >= start[None, :])", "mask = j >= start[None, :]"),
+    ("mask = (i >= j) & (j >= start[:, None])", "mask = i >= j"),  # the mask of documents
+    ("mask = (i >= j) & (j >= start[None, :])", "mask = i >= j"),
+    ("log_w_state = tl.where(start < 0, b + m_state, -float(\"inf\"))", "log_w_state = b + m_state"),
+    ("tl.where(offs_l >= start, g + tl.load(u_ptr + offs_gate) - m_next, -float(\"inf\"))",
+     "g + tl.load(u_ptr + offs_gate) - m_next"),
+    ("m = tl.where(m == -float(\"inf\"), 0.0, m)", "pass"),
     ("offs_t * stride_it, mask=mask, other=-float(\"inf\"))", "offs_t * stride_it, mask=mask, other=0.0)"),
     ("tl.load(ptr + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)",
      "tl.load(ptr + rows[:, None] * stride_row + cols[None, :])"),  # the boundary mask
-    ("tl.maximum(f_bar, LOG_FORGOTTEN)", "f_bar"),
-    ("m = tl.maximum((b + m_start).to(tl.float32), tl.load(m_intra_ptr + offs_gate))",
-     "m = tl.load(m_intra_ptr + offs_gate)"),
+    ("tl.where(reset, 0.0, f_bar)", "f_bar"),
+    ("m = tl.maximum(log_w_state.to(tl.float32), m_intra)", "m = m_intra"),
     ("v, C * decay, input_precision=PRECISION)", "v, C, input_precision=PRECISION)"),
     ("n = n * decay + tl.sum(k, axis=0)", "n = n + tl.sum(k, axis=0)"),
     ("h_state * (s * w_state)[:, None]", "h_state * 0.0"),
@@ -295,7 +297,7 @@ MUTANTS = [
     ("dk = (dk + dn[None, :]) * w_end[:, None]", "dk = dk * w_end[:, None]"),
     ("dv * w_end[:, None]", "dv"),
     ("q_dq += tl.sum(X, axis=1)", "pass"),
-    ("start, dm_T - overlap_T)", "start, 0 * dm_T)"),
+    ("m_first, dm_T - overlap_T)", "m_first, 0 * dm_T)"),
 ]  # fmt: skip
 
 
@@ -305,4 +307,6 @@ def test_the_suite_for_mutants_passes_without_one():
 
 @pytest.mark.parametrize(("old", "new"), MUTANTS)
 def test_mutants_are_noticed(old, new, tmp_path):
+    if "stride_row + cols[None, :], mask" in old and not INTERPRETED:
+        pytest.skip("reads outside of the tensors: on a GPU that can end the whole process")
     mutants.assert_noticed(suite, mutants.load_mutant("03_chunkwise/mlstm_limit_chunk.py", old, new, tmp_path))

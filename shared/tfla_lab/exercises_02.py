@@ -3,7 +3,7 @@
 Every check takes the reader's function, prints one line if it is right and raises CheckFailed with a hint if it is not.
 A function that still raises NotImplementedError is reported as not solved yet, so that the notebook runs to its end.
 
-Besides, two helpers of the notebook: one shows the stage's own source in pieces, one counts bytes.
+Besides, what the notebook uses: the stage's own source in pieces, two pictures, and a count of bytes.
 """
 
 import functools
@@ -13,13 +13,18 @@ import textwrap
 import weakref
 from collections.abc import Callable
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from mlstm_parallel import forward_pass
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tfla_lab import plot
 from tfla_lab.check import CheckFailed, relative_error
 from tfla_lab.forms import oracle
 from tfla_lab.inputs import random_inputs, random_state
@@ -542,6 +547,43 @@ def _line_with(text: str, lines: list[str], start: int) -> int:
         if text in line:
             return number
     raise ValueError(f"no line with {text!r}")
+
+
+def signed_weights(weights: Tensor, *, ax: Axes, title: str, tokens: bytes) -> None:
+    """plot.gate_matrix for weights of both signs: light is 0; a dot marks what is negative, also in black and white."""
+    plot.gate_matrix(weights, ax=ax, title=title, tokens=tokens)
+    image, limit = ax.images[0], weights.abs().max().item()
+    image.set_cmap("PuOr_r")
+    image.set_clim(-limit, limit)
+    image.colorbar.set_label("weight (dot: negative)")
+    t, j = np.nonzero(weights.numpy() < 0)
+    ax.plot(j, t, "o", color="black", markersize=1.8)
+
+
+def draw_rectangle(T: int, r: int) -> None:
+    """The table E of the notebook's section 8: the entries that hold the forget gate of step r, and how they are found.
+
+    Column 0 is the initial state, the row below the last step is the returned state.
+    """
+    steps = [str(t) for t in range(1, T + 1)]
+    _, axes = plt.subplots(1, 2, figsize=(8.6, 4.4), layout="constrained")
+    for ax, subtract in zip(axes, (False, True), strict=True):
+        for t in range(1, T + 2):
+            for j in range(min(t, T) + 1):
+                late = j >= r
+                inside = t >= r and (subtract or not late)
+                style = {"facecolor": plot.SKY if inside else plot.PALE, "hatch": "////" if inside and late else None}
+                ax.add_patch(Rectangle((j, t), 1, 1, edgecolor="white", linewidth=1.5, **style))
+                if inside:
+                    sign = "+ −" if late else "+"
+                    ax.text(j + 0.5, t + 0.5, sign, ha="center", va="center", fontsize=13)
+        ax.set(xlim=(0, T + 1), ylim=(T + 2, 1), aspect="equal", xlabel="written: column j")
+        ax.set_xticks(np.arange(T + 1) + 0.5, ["$C_0$", *steps])
+        ax.set_yticks(np.arange(1, T + 2) + 0.5, [*steps, f"$C_{T}$"])
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    axes[0].set(ylabel="read: row t", title=f"entries of $E$ that hold the gate $\\bar{{f}}_{r}$")
+    axes[1].set(title=f"rows from {r} on (+), minus columns from {r} on (−)")
 
 
 class _Bytes(TorchDispatchMode):
