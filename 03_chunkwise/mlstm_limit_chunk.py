@@ -268,8 +268,8 @@ def h_kernel(
     scores = tl.zeros((L, L), dtype=tl.float32)
     h_state = tl.zeros((L, BLOCK_DHV), dtype=tl.float32)
     S_state = tl.zeros((L,), dtype=tl.float32)
-    for start in range(0, DQK, BLOCK_DQK):
-        offs_k = start + tl.arange(0, BLOCK_DQK)
+    for first in range(0, DQK, BLOCK_DQK):
+        offs_k = first + tl.arange(0, BLOCK_DQK)
         q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK)  # (L, BLOCK_DQK)
         k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
         C = load_tile(C_ptr + border * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
@@ -310,8 +310,8 @@ def delta_kernel(
     h_ptr = head(h_ptr, bh, NH, stride_hb, stride_hh)
 
     dh_h = tl.zeros((L,), dtype=tl.float32)
-    for start in range(0, DHV, BLOCK_DHV):
-        offs_v = start + tl.arange(0, BLOCK_DHV)
+    for first in range(0, DHV, BLOCK_DHV):
+        offs_v = first + tl.arange(0, BLOCK_DHV)
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(tl.float32)
         dh_h += tl.sum(dh * load_tile(h_ptr, offs_t, offs_v, stride_ht, T, DHV).to(tl.float32), axis=1)
 
@@ -431,8 +431,8 @@ def dq_kernel(
 
     dP = tl.zeros((L, L), dtype=tl.float32)
     dq = tl.zeros((L, BLOCK_DQK), dtype=tl.float32)
-    for start in range(0, DHV, BLOCK_DHV):
-        offs_v = start + tl.arange(0, BLOCK_DHV)
+    for first in range(0, DHV, BLOCK_DHV):
+        offs_v = first + tl.arange(0, BLOCK_DHV)
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         C = load_tile(C_ptr + border * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
@@ -454,8 +454,8 @@ def dq_kernel(
 
     if tile_k == 0:
         scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
-        for start in range(BLOCK_DQK, DQK, BLOCK_DQK):
-            offs_rest = start + tl.arange(0, BLOCK_DQK)
+        for first in range(BLOCK_DQK, DQK, BLOCK_DQK):
+            offs_rest = first + tl.arange(0, BLOCK_DQK)
             q_rest = load_tile(q_ptr, offs_t, offs_rest, stride_qt, T, DQK).to(DOT)
             k_rest = load_tile(k_ptr, offs_t, offs_rest, stride_kt, T, DQK).to(DOT)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
@@ -498,8 +498,8 @@ def dk_kernel(
 
     dP_T = tl.zeros((L, L), dtype=tl.float32)
     dk = tl.zeros((L, BLOCK_DQK), dtype=tl.float32)
-    for start in range(0, DHV, BLOCK_DHV):
-        offs_v = start + tl.arange(0, BLOCK_DHV)
+    for first in range(0, DHV, BLOCK_DHV):
+        offs_v = first + tl.arange(0, BLOCK_DHV)
         dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
         dC = load_tile(dC_ptr + (border + 1) * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)
@@ -555,8 +555,8 @@ def dv_kernel(
 
     P_T = tl.zeros((L, L), dtype=tl.float32)
     dv = tl.zeros((L, BLOCK_DHV), dtype=tl.float32)
-    for start in range(0, DQK, BLOCK_DQK):
-        offs_k = start + tl.arange(0, BLOCK_DQK)
+    for first in range(0, DQK, BLOCK_DQK):
+        offs_k = first + tl.arange(0, BLOCK_DQK)
         q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
         k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
         dC = load_tile(dC_ptr + (border + 1) * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)

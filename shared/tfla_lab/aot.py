@@ -38,7 +38,8 @@ class Launch:
         names = kernel.arg_names
         options = {name: value for name, value in kwargs.items() if name not in names}
         values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
-        pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+        pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+        pointer |= {torch.float64: "*fp64", torch.int32: "*i32"}
         self.kernel, self.options, self.signature, self.constexprs, self.attrs = kernel, options, {}, {}, {}
         for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
             value = values[name]
