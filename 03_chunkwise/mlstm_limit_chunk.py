@@ -239,7 +239,7 @@ def states_kernel(
 
 @triton.jit
 def h_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr, h_ptr, S_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr, h_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_hb, stride_hh, stride_ht,
     T, NC, NH, s,
@@ -286,8 +286,6 @@ def h_kernel(
     v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
     h = tl.dot(operand(P, DOT, PRECISION), v, h_state * (s * w_state)[:, None], input_precision=PRECISION) / D[:, None]
     store_tile(h_ptr, h, offs_t, offs_v, stride_ht, T, DHV)
-    if tile_v == 0:
-        tl.store(S_ptr + bh * T + offs_t, S, mask=offs_t < T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,34 +293,73 @@ def h_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
 def delta_kernel(
-    dh_ptr, h_ptr, S_ptr, start_ptr, b_ptr, m_intra_ptr, m_ptr, r_ptr, delta_ptr,
-    stride_gb, stride_gh, stride_gt, stride_hb, stride_hh, stride_ht,
-    T, NC, NH, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DHV: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr,
+    r_ptr, delta_ptr, X_row_ptr, X_column_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt,
+    T, NC, NH, s,
+    DQK: tl.constexpr, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient through the normalizer: r = 1 / D and delta = -[|S| wins the max] sign(S) (dh . h) / D.
+    """What one number a row says about a chunk: r = 1 / D, delta, and the sums of X by row and by column.
 
-    Grid: NC * B * NH. Loop: over DHV.
+    Grid: NC * B * NH. Loops: over DQK for the scores, then over DHV for dP = dH V^T and for dH . (Q C).
+
+    delta = -[|S| wins the max] sign(S) (dh . h) / D is the gradient through the normalizer. dh . h is formed anew in
+    float32; from the h that was returned, rounded to 16 bits, delta would be wrong in its third digit.
+    X = dP * scores is the gradient of log D. Its row sums are what the pairs (i, j) of this chunk add to q . dq, its
+    column sums what they add to k . dk. Taken from dq and dk, for which dP is rounded, they would not cancel as they
+    should in df.
     """
     _, c, bh = chunk_of_program(1, NC)
     offs_l = tl.arange(0, L)
     offs_t = (c * L + offs_l).to(tl.int64)
+    offs_gate, border = (bh * NC + c) * L + offs_l, bh * (NC + 1) + c
+    q_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh)
+    k_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh)
+    v_ptr = head(v_ptr, bh, NH, stride_vb, stride_vh)
     dh_ptr = head(dh_ptr, bh, NH, stride_gb, stride_gh)
-    h_ptr = head(h_ptr, bh, NH, stride_hb, stride_hh)
 
-    dh_h = tl.zeros((L,), dtype=tl.float32)
-    for first in range(0, DHV, BLOCK_DHV):
-        offs_v = first + tl.arange(0, BLOCK_DHV)
-        dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(tl.float32)
-        dh_h += tl.sum(dh * load_tile(h_ptr, offs_t, offs_v, stride_ht, T, DHV).to(tl.float32), axis=1)
+    scores = tl.zeros((L, L), dtype=tl.float32)
+    S_state = tl.zeros((L,), dtype=tl.float32)
+    for first in range(0, DQK, BLOCK_DQK):
+        offs_k = first + tl.arange(0, BLOCK_DQK)
+        q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK)  # (L, BLOCK_DQK)
+        k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
+        n = tl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
+        scores = tl.dot(q.to(DOT), tl.trans(k), scores, input_precision=PRECISION)
+        S_state += tl.sum(q.to(tl.float32) * n[None, :], axis=1)
 
-    m_state = tl.load(m_ptr + bh * (NC + 1) + c)
-    _, m, _, _ = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, (bh * NC + c) * L + offs_l)
-    S = tl.load(S_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
+    dP = tl.zeros((L, L), dtype=tl.float32)
+    dh_state = tl.zeros((L,), dtype=tl.float32)
+    for first_v in range(0, DHV, BLOCK_DHV):
+        offs_v = first_v + tl.arange(0, BLOCK_DHV)
+        h_state = tl.zeros((L, BLOCK_DHV), dtype=tl.float32)
+        for first in range(0, DQK, BLOCK_DQK):
+            offs_k = first + tl.arange(0, BLOCK_DQK)
+            q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(DOT)
+            C = load_tile(C_ptr + border * DQK * DHV, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
+            h_state = tl.dot(q, operand(C, DOT, PRECISION), h_state, input_precision=PRECISION)
+        dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV)  # (L, BLOCK_DHV)
+        v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (L, BLOCK_DHV)
+        dP = tl.dot(dh.to(DOT), tl.trans(v), dP, input_precision=PRECISION)
+        dh_state += tl.sum(dh.to(tl.float32) * h_state, axis=1)
+
+    start, m, b_m, w_state = load_row_gates(start_ptr, b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_gate)
+    W = gate_weights(start, b_m, tl.load(u_ptr + offs_gate), L)
+    P = s * scores * W  # (L, L)
+    S = tl.sum(P, axis=1) + s * w_state * S_state
     floor = tl.exp(-tl.minimum(m, M_CAP))
     r = 1.0 / tl.maximum(tl.abs(S), floor)
+    dh_h = r * (tl.sum(P * dP, axis=1) + s * w_state * dh_state)
     delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -r, r) * dh_h, 0.0)
-    tl.store(r_ptr + bh * T + offs_t, r, mask=offs_t < T)
-    tl.store(delta_ptr + bh * T + offs_t, delta, mask=offs_t < T)
+    X = (dP * r[:, None] + delta[:, None]) * P  # (L, L)
+
+    mask = offs_t < T
+    tl.store(r_ptr + bh * T + offs_t, r, mask=mask)
+    tl.store(delta_ptr + bh * T + offs_t, delta, mask=mask)
+    tl.store(X_row_ptr + bh * T + offs_t, tl.sum(X, axis=1), mask=mask)
+    tl.store(X_column_ptr + bh * T + offs_t, tl.sum(X, axis=0), mask=mask)
 
 
 @triton.jit
@@ -398,25 +435,21 @@ def dstates_kernel(
 @triton.jit
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr,
-    dq_ptr, q_dq_ptr, X_column_ptr,
+    dq_ptr, q_dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     T, NC, NH, s,
     DQK: tl.constexpr, DHV: tl.constexpr, L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one chunk, for one tile of its columns, and q . dq. Grid: (tiles of DQK) * NC * B * NH.
+    """dq of one chunk, for one tile of its columns, and the state's part of q . dq. Grid: (tiles of DQK) * NC * B * NH.
 
-        dP (L x L)        K (L x DQK)      loop over DHV: dP += dH V^T, dq += dH C^T
-        +---------+       +---+---+        then dP = (r * dP + delta) * W,
-        | x       |       |   | x |        dq = s * (dP K + w_state * (r * dq + delta * n))
-        | x x     |   @   |   | x |
-        | x x x   |       |   | x |        r scales rows, so it waits until the products are done: dH goes into
-        +---------+       +---+---+        them as it came, unrounded.
-
-    For the gates: X = dP * scores, the gradient of log D, all in float32. Its row sums are what the pairs (i, j) of
-    this chunk add to q . dq, its column sums what they add to k . dk. Taken from dq and dk themselves, for which dP is
-    rounded, the two would not cancel where they should.
+    dP (L x L)        K (L x DQK)      loop over DHV: dP += dH V^T, dq += dH C^T
+    +---------+       +---+---+        then dP = (r * dP + delta) * W,
+    | x       |       |   | x |        dq = s * (dP K + w_state * (r * dq + delta * n))
+    | x x     |   @   |   | x |
+    | x x x   |       |   | x |        r scales rows, so it waits until the products are done: dH goes into
+    +---------+       +---+---+        them as it came, unrounded.
     """
     tile_k, c, bh = chunk_of_program(tl.cdiv(DQK, BLOCK_DQK), NC)
     offs_l = tl.arange(0, L)
@@ -445,23 +478,12 @@ def dq_kernel(
     n = tl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
     dP = (dP * r[:, None] + delta[:, None]) * (s * gate_weights(start, b_m, tl.load(u_ptr + offs_gate), L))  # (L, L)
 
-    q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK)  # (L, BLOCK_DQK)
+    q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(tl.float32)  # (L, BLOCK_DQK)
     k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(DOT)  # (L, BLOCK_DQK)
     dq = (dq * r[:, None] + delta[:, None] * n[None, :]) * (s * w_state)[:, None]
-    q_dq = tl.sum(q.to(tl.float32) * dq, axis=1)  # the state's part
+    q_dq = tl.sum(q * dq, axis=1)
     dq = tl.dot(operand(dP, DOT, PRECISION), k, dq, input_precision=PRECISION)
     store_tile(dq_ptr, dq, offs_t, offs_k, stride_dt, T, DQK)
-
-    if tile_k == 0:
-        scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
-        for first in range(BLOCK_DQK, DQK, BLOCK_DQK):
-            offs_rest = first + tl.arange(0, BLOCK_DQK)
-            q_rest = load_tile(q_ptr, offs_t, offs_rest, stride_qt, T, DQK).to(DOT)
-            k_rest = load_tile(k_ptr, offs_t, offs_rest, stride_kt, T, DQK).to(DOT)
-            scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
-        X = dP * scores  # (L, L)
-        q_dq += tl.sum(X, axis=1)
-        tl.store(X_column_ptr + bh * T + offs_t, tl.sum(X, axis=0), mask=offs_t < T)
     BH = tl.num_programs(0) // tl.cdiv(DQK, BLOCK_DQK) // NC
     tl.store(q_dq_ptr + (tile_k.to(tl.int64) * BH + bh) * T + offs_t, q_dq, mask=offs_t < T)
 
@@ -577,7 +599,7 @@ def dv_kernel(
 
 @triton.jit
 def dgates_kernel(
-    f_ptr, q_dq_ptr, k_dk_ptr, X_column_ptr, carry_ptr, di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
+    f_ptr, q_dq_ptr, k_dk_ptr, X_row_ptr, X_column_ptr, carry_ptr, di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
     stride_fb, stride_fh, stride_ft, stride_ib, stride_ih, stride_it, stride_db, stride_dh, stride_dt,
     T, NC, NH, TILES_DQ, TILES_DK, TILES_C, DQK: tl.constexpr, BLOCK_DQK: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
@@ -598,6 +620,7 @@ def dgates_kernel(
     mask = offs_t < T
 
     X_column = tl.load(X_column_ptr + bh * T + offs_t, mask=mask, other=0.0)
+    X_row = tl.load(X_row_ptr + bh * T + offs_t, mask=mask, other=0.0)
     q_dq, k_dk = tl.zeros((L,), dtype=tl.float32), tl.zeros((L,), dtype=tl.float32)
     for tile in range(TILES_DQ):
         q_dq += tl.load(q_dq_ptr + (tile * BH + bh) * T + offs_t, mask=mask, other=0.0)
@@ -608,7 +631,7 @@ def dgates_kernel(
     for tile in range(TILES_C):
         carry += tl.load(carry_ptr + ((tile * BH + bh) * NC + c) * DQK + offs_k, mask=offs_k < DQK, other=0.0)
 
-    crossing = tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq - X_column)[None, :], k_dk[None, :])  # (L, L)
+    crossing = tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq + X_row - X_column)[None, :], k_dk[None, :])  # (L, L)
     df_bar, di = tl.sum(crossing, axis=1) + tl.sum(carry), k_dk + X_column
     if di_rest_ptr is not None:
         di += tl.load(di_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
@@ -640,6 +663,7 @@ def describe_gpu(device: torch.device) -> tuple[bool, int]:
 TILES_BFLOAT16 = {
     "states": (64, 128, 4, 3),
     "h": (64, 128, 8, 1),
+    "delta": (128, 64, 8, 1),
     "dstates": (32, 128, 4, 2),
     "dq": (64, 64, 4, 3),
     "dk": (128, 64, 4, 1),
@@ -705,33 +729,33 @@ def contiguous_state(C: Tensor | None, n: Tensor | None, m: Tensor | None) -> li
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, the final state, and S for the backward pass."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h and the final state."""
     B, NH, T, _ = q.shape
-    h, S = torch.empty_like(v), q.new_empty(B, NH, T, dtype=torch.float32)
+    h = torch.empty_like(v)
     state = contiguous_state(C_0, n_0, m_0)
     if h.numel() == 0:
         C_T, n_T, m_T = _empty_state(q, v) if C_0 is None else [x.clone() for x in state]
-        return h, C_T, n_T, m_T, S
+        return h, C_T, n_T, m_T
     gates, C, n, m, C_T = run_states(k, v, i, f, state, chunk_size)
     o, NC = launch_options("h", q, v, chunk_size), triton.cdiv(T, chunk_size)
     h_kernel[(tiles(o)[1] * NC * B * NH,)](
-        q, k, v, *gates, C, n, m, h, S,
+        q, k, v, *gates, C, n, m, h,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *h.stride()[:3], T, NC, NH, q.shape[-1] ** -0.5, **o,
     )  # fmt: skip
-    return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), S
+    return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone()
 
 
 def launch_backward(
     dh: Tensor, dC_T: Tensor | None, dn_T: Tensor | None, dm_T: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
-    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, h: Tensor, S: Tensor, chunk_size: int,
+    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, di, df, dC_0, dn_0, dm_0. The states are computed again: to keep them would cost a GiB and more."""
-    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    """dq, dk, dv, di, df, dC_0, dn_0, dm_0, from the inputs alone: to keep the states would cost a GiB and more."""
+    B, NH, T, DQK = q.shape
     dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
     dC_0, dn_0, dm_0 = _empty_state(q, v)
-    if h.numel() == 0:
+    if dh.numel() == 0:
         dstate = (dC_0, dn_0, dm_0) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
         return dq, dk, dv, di, df, *dstate
     NC, s = triton.cdiv(T, chunk_size), q.shape[-1] ** -0.5
@@ -743,13 +767,12 @@ def launch_backward(
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     strides_q, strides_k, strides_v, strides_dh = (x.stride()[:3] for x in (q, k, v, dh))
-    sizes, (start, b, _, m_intra) = (T, NC, NH, s), gates
-    r, delta = empty(B, NH, T), empty(B, NH, T)
+    sizes = (T, NC, NH, s)
+    r, delta, X_row, X_column = (empty(B, NH, T) for _ in range(4))
     delta_kernel[(NC * B * NH,)](
-        dh, h, S, start, b, m_intra, m, r, delta, *strides_dh, *h.stride()[:3], T, NC, NH,
-        DHV, chunk_size, min(64, triton.next_power_of_2(DHV)),
+        q, k, v, dh, *gates, C, n, m, r, delta, X_row, X_column,
+        *strides_q, *strides_k, *strides_v, *strides_dh, *sizes, **launch_options("delta", q, v, chunk_size),
     )  # fmt: skip
-
     o = launch_options("dstates", q, v, chunk_size)
     tiles_k, tiles_v = tiles(o)
     dC, dn, carry = torch.empty_like(C), torch.empty_like(n), empty(tiles_v, B, NH, NC, DQK)
@@ -758,9 +781,9 @@ def launch_backward(
         *strides_q, *strides_dh, *sizes, **o,
     )  # fmt: skip
     o = launch_options("dq", q, v, chunk_size)
-    q_dq, X_column = empty(tiles(o)[0], B, NH, T), empty(B, NH, T)
+    q_dq = empty(tiles(o)[0], B, NH, T)
     dq_kernel[(tiles(o)[0] * NC * B * NH,)](
-        q, k, v, dh, *gates, r, delta, C, n, m, dq, q_dq, X_column,
+        q, k, v, dh, *gates, r, delta, C, n, m, dq, q_dq,
         *strides_q, *strides_k, *strides_v, *strides_dh, *dq.stride()[:3], *sizes, **o,
     )  # fmt: skip
     o = launch_options("dk", q, v, chunk_size)
@@ -784,7 +807,7 @@ def launch_backward(
         di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap_T)
         di_rest, df_bar_rest, dm_0 = di_rest.float().contiguous(), df_bar_rest.float().contiguous(), dm_0 + dm_0_rest
     dgates_kernel[(NC * B * NH,)](
-        f, q_dq, k_dk, X_column, carry, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
+        f, q_dq, k_dk, X_row, X_column, carry, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
         T, NC, NH, q_dq.shape[0], k_dk.shape[0], tiles_v, DQK, triton.next_power_of_2(DQK), chunk_size,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0, dn_0, dm_0
@@ -797,28 +820,27 @@ backward_op = torch.library.custom_op("tfla::mlstm_limit_chunk_backward", launch
 
 @forward_op.register_fake
 def _(q, k, v, i, f, C_0, n_0, m_0, chunk_size):
-    return torch.empty_like(v), *_empty_state(q, v), torch.empty_like(q[..., 0], dtype=torch.float32)
+    return torch.empty_like(v), *_empty_state(q, v)
 
 
 @backward_op.register_fake
-def _(dh, dC_T, dn_T, dm_T, q, k, v, i, f, C_0, n_0, m_0, h, S, chunk_size):
+def _(dh, dC_T, dn_T, dm_T, q, k, v, i, f, C_0, n_0, m_0, chunk_size):
     return *(torch.empty_like(x) for x in (q, k, v, i, f)), *_empty_state(q, v)
 
 
 def setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.chunk_size = inputs
-    h, _, _, _, S = output
-    ctx.save_for_backward(*tensors, h, S)
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
 
 
-def backward(ctx, dh, dC_T, dn_T, dm_T, dS):
-    q, k, v, i, f, C_0, n_0, m_0, h, S = ctx.saved_tensors
+def backward(ctx, dh, dC_T, dn_T, dm_T):
+    q, k, v, i, f, C_0, n_0, m_0 = ctx.saved_tensors
     dstate = [dC_T, dn_T, dm_T]
     if any(x is not None for x in dstate):
         dstate = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(_empty_state(q, v), dstate, strict=True)]
-    dh = torch.zeros_like(h) if dh is None else dh
-    gradients = backward_op(dh, *dstate, q, k, v, i, f, C_0, n_0, m_0, h, S, ctx.chunk_size)
+    dh = torch.zeros_like(v) if dh is None else dh
+    gradients = backward_op(dh, *dstate, q, k, v, i, f, C_0, n_0, m_0, ctx.chunk_size)
     return *gradients[:5], *(gradients[5:] if C_0 is not None else (None, None, None)), None
 
 
@@ -879,7 +901,7 @@ def mlstm_limit_chunk(
     if chunk_size not in (16, 32, 64, 128):
         raise ValueError(f"chunk_size must be 16, 32, 64 or 128, got {chunk_size!r}")
     C_0, n_0, m_0 = (None, None, None) if initial_state is None else initial_state
-    h, C, n, m, _ = forward_op(q, k, v, i, f, C_0, n_0, m_0, chunk_size)
+    h, C, n, m = forward_op(q, k, v, i, f, C_0, n_0, m_0, chunk_size)
     return (h, (C, n, m)) if return_state else h
 
 

@@ -287,16 +287,18 @@ MUTANTS = [
     ("v, C * decay, input_precision=PRECISION)", "v, C, input_precision=PRECISION)"),
     ("n = n * decay + tl.sum(k, axis=0)", "n = n + tl.sum(k, axis=0)"),
     ("h_state * (s * w_state)[:, None]", "h_state * 0.0"),
-    ("S = tl.sum(P, axis=1) + s * w_state * S_state", "S = tl.sum(P, axis=1)"),
+    ("S = tl.sum(P, axis=1) + s * w_state * S_state\n    D", "S = tl.sum(P, axis=1)\n    D"),
+    ("S = tl.sum(P, axis=1) + s * w_state * S_state\n    floor", "S = tl.sum(P, axis=1)\n    floor"),
+    ("+ s * w_state * dh_state", ""),
     ("tl.where(tl.abs(S) > floor, tl.where(S > 0, -r, r) * dh_h, 0.0)", "S * 0.0"),  # the normalizer's gradient
     ("tl.where(S > 0, -r, r)", "-r"),
     ("dh, dC * decay, input_precision=PRECISION)", "dh, dC, input_precision=PRECISION)"),
     ("tl.sum(crossing, axis=1) + tl.sum(carry)", "tl.sum(crossing, axis=1)"),
     ("tl.where(offs_l[None, :] >= offs_l[:, None], (q_dq", "tl.where(offs_l[None, :] > offs_l[:, None], (q_dq"),
-    ("(q_dq - X_column)[None, :], k_dk[None, :])", "(q_dq - X_column)[None, :], 0.0)"),
+    ("(q_dq + X_row - X_column)[None, :], k_dk[None, :])", "(q_dq + X_row - X_column)[None, :], 0.0)"),
     ("dk = (dk + dn[None, :]) * w_end[:, None]", "dk = dk * w_end[:, None]"),
     ("dv * w_end[:, None]", "dv"),
-    ("q_dq += tl.sum(X, axis=1)", "pass"),
+    ("+ X_row - X_column", ""),
     ("m_first, dm_T - overlap_T)", "m_first, 0 * dm_T)"),
 ]  # fmt: skip
 

@@ -92,13 +92,13 @@ def limit_chunk_launches(target: str, dtype: str, sizes=((128, 256),), chunk_siz
         options = {"dtype": getattr(torch, dtype), "device": "meta"}
         q, k, v, h = (torch.empty(B, NH, T, D, **options) for D in (DQK, DQK, DHV, DHV))
         options["dtype"] = torch.float32
-        i, f, S = (torch.empty(B, NH, T, **options) for _ in range(3))
+        i, f = (torch.empty(B, NH, T, **options) for _ in range(2))
         state = [torch.empty(*shape, **options) for shape in ((B, NH, DQK, DHV), (B, NH, DQK), (B, NH))]
         with catch_launches() as launches:
             stage.launch_forward(q, k, v, i, f, None, None, None, L)
             stage.launch_forward(q, k, v, i, f, *state, L)
-            stage.launch_backward(h, None, None, None, q, k, v, i, f, None, None, None, h, S, L)
-            stage.launch_backward(h, *state, q, k, v, i, f, *state, h, S, L)
+            stage.launch_backward(h, None, None, None, q, k, v, i, f, None, None, None, L)
+            stage.launch_backward(h, *state, q, k, v, i, f, *state, L)
         yield f"{dtype} {DQK}/{DHV} L={L}", launches
 
 
