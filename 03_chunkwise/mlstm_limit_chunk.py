@@ -663,9 +663,9 @@ def describe_gpu(device: torch.device) -> tuple[bool, int]:
 TILES_BFLOAT16 = {
     "states": (64, 128, 4, 3),
     "h": (64, 128, 8, 1),
-    "delta": (128, 64, 8, 1),
+    "delta": (128, 64, 8, 2),
     "dstates": (32, 128, 4, 2),
-    "dq": (64, 64, 4, 3),
+    "dq": (128, 64, 4, 1),
     "dk": (128, 64, 4, 1),
     "dv": (64, 128, 8, 1),
 }
@@ -714,7 +714,7 @@ def run_states(k, v, i, f, state, L: int) -> tuple[Tensor, ...]:
     dtype_C = torch.bfloat16 if o["DOT"] == tl.bfloat16 else torch.float32
     C = torch.empty(B, NH, NC + 1, DQK, DHV, dtype=dtype_C, device=k.device)
     gates = (start, b, u, m_intra)
-    gates_kernel[(NC * B * NH,)](i, f, *gates, *i.stride(), *f.stride(), T, NC, NH, L, num_warps=max(1, L // 16))
+    gates_kernel[(NC * B * NH,)](i, f, *gates, *i.stride(), *f.stride(), T, NC, NH, L, num_warps=1 if L <= 64 else 8)
     tiles_k, tiles_v = tiles(o)
     states_kernel[(tiles_k * tiles_v, B * NH)](
         k, v, *gates, *state, C, n, m, C_T, *k.stride()[:3], *v.stride()[:3], T, NC, NH, **o
@@ -809,6 +809,7 @@ def launch_backward(
     dgates_kernel[(NC * B * NH,)](
         f, q_dq, k_dk, X_row, X_column, carry, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
         T, NC, NH, q_dq.shape[0], k_dk.shape[0], tiles_v, DQK, triton.next_power_of_2(DQK), chunk_size,
+        num_warps=1 if chunk_size <= 64 else 4,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0, dn_0, dm_0
 

@@ -59,7 +59,7 @@ def test_equals_the_chunkwise_form_with_tiled_heads(chunk_size, DQK, DHV, dtype)
 @pytest.mark.parametrize("regime", ["typical", "initial", "shut"])
 def test_equals_the_chunkwise_form_at_full_size(DQK, DHV, chunk_size, dtype, regime):
     """Every configuration that the launcher can choose, on the hardware: compilers have got some of them wrong."""
-    inputs, dh, state, dstate = properties.make(2, 2, 1000, DQK, DHV, dtype=dtype, regime=regime)
+    inputs, dh, state, dstate = properties.make(4, 4, 1000, DQK, DHV, dtype=dtype, regime=regime)
     expected = in_float64(inputs, dh, state, dstate)
     actual = run_torch(mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
     properties.compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
