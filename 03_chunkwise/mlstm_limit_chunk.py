@@ -686,10 +686,12 @@ def launch_options(kernel: str, q: Tensor, v: Tensor, L: int) -> dict:
         # Three TF32 products instead of one keep three times as much in registers.
         block_k = block_v = 64 if shared_memory > 150_000 and (precision != "tf32x3" or L <= 32) else 32
         num_warps, num_stages = 8 if L == 128 else 4, 1
+    # In bfloat16 on Hopper, Triton 3.6 lets dq_kernel read past the end of shared memory when BLOCK_DQK is 16.
+    smallest = 64 if bfloat16 else 16
     return {
         "DQK": DQK, "DHV": DHV, "L": L,
-        "BLOCK_DQK": min(block_k, max(16, triton.next_power_of_2(DQK))),
-        "BLOCK_DHV": min(block_v, max(16, triton.next_power_of_2(DHV))),
+        "BLOCK_DQK": min(block_k, max(smallest, triton.next_power_of_2(DQK))),
+        "BLOCK_DHV": min(block_v, max(smallest, triton.next_power_of_2(DHV))),
         "DOT": tl.bfloat16 if bfloat16 else tl.float32, "PRECISION": precision,
         "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
