@@ -285,7 +285,7 @@ def test_peak_memory_sees_what_either_library_allocates(library):
         for _ in range(3):  # what was freed before does not count, and is not reused unseen
             result, peak = tour.peak_memory(run, "cpu")
             assert result == 3
-            assert 39 <= peak <= 42
+            assert 38 <= peak <= 42  # of 40; the kernel counts resident pages in batches
 
 
 def test_peak_memory_is_left_out_where_the_system_does_not_tell(monkeypatch, capsys):
