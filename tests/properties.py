@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tfla_lab.check import TINIEST, budget, check, same_gauge, to_numpy
 from tfla_lab.forms import oracle, run_torch
-from tfla_lab.inputs import AWAY_FROM_POLE, REGIMES, Inputs, random_inputs, random_state
+from tfla_lab.inputs import REGIMES, Inputs, random_inputs, random_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,18 +21,19 @@ TRITON_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.
 def cases(draw, dtypes, *, max_T=80, max_D=24, regimes=tuple(REGIMES), chunk_sizes=(16, 32, 64)):
     """One drawn case: keyword arguments of compare_with_oracle. Arrays come from the seed.
 
-    In 16 bits the backward pass sees h rounded, and where one step outweighs all others (a single step, the hot
-    regimes) gradients that are exactly 0 come out as that rounding error. Those are drawn for the wider dtypes only.
+    Gradients through h are differences (of v and h, say) that vanish where one step outweighs all others. In 16 bits
+    what is left there is rounding error, and a budget for it would say nothing. So for these dtypes the cases are those
+    where many steps count: longer sequences, not too few columns, and no regime that leaves single steps.
     """
     dtype = draw(st.sampled_from(dtypes))
     rounded = dtype in (torch.float16, torch.bfloat16)
-    regimes = [name for name in regimes if not rounded or name not in AWAY_FROM_POLE]
+    regimes = ["typical", "initial", "padding"] if rounded else list(regimes)
     return {
         "B": draw(st.integers(1, 2)),
         "NH": draw(st.integers(1, 2)),
-        "T": draw(st.integers(16 if rounded else 1, max_T)),
-        "DQK": draw(st.integers(1, max_D)),
-        "DHV": draw(st.integers(8 if rounded else 1, max_D)),
+        "T": draw(st.integers(64 if rounded else 1, max_T)),
+        "DQK": draw(st.integers(8 if rounded else 1, max_D)),
+        "DHV": draw(st.integers(16 if rounded else 1, max_D)),
         "regime": draw(st.sampled_from(regimes)),
         "with_state": draw(st.booleans()),
         "dtype": dtype,
