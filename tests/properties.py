@@ -23,17 +23,17 @@ def cases(draw, dtypes, *, max_T=80, max_D=24, regimes=tuple(REGIMES), chunk_siz
 
     Gradients through h are differences (of v and h, say) that vanish where one step outweighs all others. In 16 bits
     what is left there is rounding error, and a budget for it would say nothing. So for these dtypes the cases are those
-    where many steps count: longer sequences, not too few columns, and no regime that leaves single steps.
+    where many steps and columns count, and no regime that leaves single steps.
     """
     dtype = draw(st.sampled_from(dtypes))
     rounded = dtype in (torch.float16, torch.bfloat16)
-    regimes = ["typical", "initial", "padding"] if rounded else list(regimes)
+    regimes = ["typical", "padding"] if rounded else list(regimes)
     return {
         "B": draw(st.integers(1, 2)),
         "NH": draw(st.integers(1, 2)),
         "T": draw(st.integers(64 if rounded else 1, max_T)),
-        "DQK": draw(st.integers(8 if rounded else 1, max_D)),
-        "DHV": draw(st.integers(16 if rounded else 1, max_D)),
+        "DQK": draw(st.integers(32 if rounded else 1, max(max_D, 48))),
+        "DHV": draw(st.integers(32 if rounded else 1, max(max_D, 48))),
         "regime": draw(st.sampled_from(regimes)),
         "with_state": draw(st.booleans()),
         "dtype": dtype,
