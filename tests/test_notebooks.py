@@ -1,6 +1,6 @@
 """Every notebook runs from top to bottom and says what it said when it was committed; every solution is right."""
 
-import importlib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from tfla_lab.check import CheckFailed
 nbformat = pytest.importorskip("nbformat", reason="Jupyter is not installed: pip install -e '.[test]'")
 nbclient = pytest.importorskip("nbclient", reason="Jupyter is not installed: pip install -e '.[test]'")
 ROOT = Path(__file__).parents[1]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 NOTEBOOKS = sorted(ROOT.glob("0*/*.ipynb"))
 IDS = [f"{notebook.parent.name[3:]}-{notebook.stem.lstrip('0123456789_')}" for notebook in NOTEBOOKS]
 
@@ -42,7 +43,8 @@ def test_runs_and_says_what_it_said(path):
     if path.stem == "solutions":
         assert "correct" in printed
         assert "not solved" not in printed
-    if properties.INTERPRETED:  # with a GPU some cells measure other things, and say so
+    # With a GPU some cells measure other things, without Triton some are skipped, and both say so.
+    if properties.INTERPRETED and HAS_TRITON:
         for old, new in zip(committed.cells, fresh.cells, strict=True):
             assert text_outputs(old) == text_outputs(new), (
                 f"cell {old.id} prints something else: execute {path.name} again"
@@ -89,4 +91,5 @@ def test_an_unsolved_exercise_is_no_error(module, capsys):
 
     for number in module.WRONG_ANSWERS:
         getattr(module, f"check_{number}")(stub)
-        assert "not solved yet" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "not solved yet" in printed or (not HAS_TRITON and "Triton is not installed" in printed)
