@@ -183,15 +183,15 @@ def states_kernel(
 ):  # fmt: skip
     """The state at every chunk border. A program owns one tile of C and walks with it over the chunks in order.
 
-    C (DQK x DHV)        grid: tiles of C, B * NH
+    C (DQK x DHV)        grid: B * NH, tiles of C
     +---+---+---+---+    loop: c = 0 .. NC-1
     |   | x |   |   |      store C, n, m of border c
     +---+---+---+---+      C <- decay * C + (w_end * K)^T V
     |   |   |   |   |    store border NC, and C once more in float32: the final state
     +---+---+---+---+    The first column of tiles takes care of n, the first tile of m.
     """
-    bh = tl.program_id(1).to(tl.int64)
-    tile_k, tile_v = tl.program_id(0) // tl.cdiv(DHV, BLOCK_DHV), tl.program_id(0) % tl.cdiv(DHV, BLOCK_DHV)
+    bh = tl.program_id(0).to(tl.int64)
+    tile_k, tile_v = tl.program_id(1) // tl.cdiv(DHV, BLOCK_DHV), tl.program_id(1) % tl.cdiv(DHV, BLOCK_DHV)
     offs_l = tl.arange(0, L)
     offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
     k_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh)
@@ -373,15 +373,15 @@ def dstates_kernel(
 ):  # fmt: skip
     """The gradient of the state at every chunk border: states_kernel run backwards.
 
-    dC (DQK x DHV)       grid: tiles of dC, B * NH
+    dC (DQK x DHV)       grid: B * NH, tiles of dC
     +---+---+---+---+    loop: c = NC-1 .. 0
     |   | x |   |   |      store dC, dn of border c+1, and the tile's part of carry
     +---+---+---+---+      dC <- decay * dC + (s * w_state * r * Q)^T dH
     |   |   |   |   |    store border 0: the gradient of the initial state
     +---+---+---+---+    The first column of tiles takes care of dn.
     """
-    bh = tl.program_id(1).to(tl.int64)
-    tile_k, tile_v = tl.program_id(0) // tl.cdiv(DHV, BLOCK_DHV), tl.program_id(0) % tl.cdiv(DHV, BLOCK_DHV)
+    bh = tl.program_id(0).to(tl.int64)
+    tile_k, tile_v = tl.program_id(1) // tl.cdiv(DHV, BLOCK_DHV), tl.program_id(1) % tl.cdiv(DHV, BLOCK_DHV)
     offs_l = tl.arange(0, L)
     offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
     q_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh)
@@ -390,7 +390,7 @@ def dstates_kernel(
     border = bh * (NC + 1) + NC
     dC_ptr, dn_ptr = dC_ptr + border * DQK * DHV, dn_ptr + border * DQK
     C_ptr, n_ptr = C_ptr + (border - 1) * DQK * DHV, n_ptr + (border - 1) * DQK
-    carry_ptr += ((tile_v * tl.num_programs(1) + bh) * NC + NC - 1) * DQK
+    carry_ptr += ((tile_v * tl.num_programs(0) + bh) * NC + NC - 1) * DQK
 
     if dC_T_ptr is None:
         dC = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
@@ -718,7 +718,7 @@ def run_states(k, v, i, f, state, L: int) -> tuple[Tensor, ...]:
     gates = (start, b, u, m_intra)
     gates_kernel[(NC * B * NH,)](i, f, *gates, *i.stride(), *f.stride(), T, NC, NH, L, num_warps=1 if L <= 64 else 8)
     tiles_k, tiles_v = tiles(o)
-    states_kernel[(tiles_k * tiles_v, B * NH)](
+    states_kernel[(B * NH, tiles_k * tiles_v)](
         k, v, *gates, *state, C, n, m, C_T, *k.stride()[:3], *v.stride()[:3], T, NC, NH, **o
     )
     return gates, C, n, m, C_T
@@ -778,7 +778,7 @@ def launch_backward(
     o = launch_options("dstates", q, v, chunk_size)
     tiles_k, tiles_v = tiles(o)
     dC, dn, carry = torch.empty_like(C), torch.empty_like(n), empty(tiles_v, B, NH, NC, DQK)
-    dstates_kernel[(tiles_k * tiles_v, B * NH)](
+    dstates_kernel[(B * NH, tiles_k * tiles_v)](
         q, dh, *gates, r, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
         *strides_q, *strides_dh, *sizes, **o,
     )  # fmt: skip

@@ -198,6 +198,17 @@ def test_offsets_beyond_2_to_the_31():
     assert all(torch.equal(y[-1:, -1:], z) for y, z in zip(final, final_end, strict=True))
 
 
+@ON_GPU
+def test_more_heads_than_a_grid_axis_may_have():
+    """CUDA allows 65,535 programs along the second axis of a grid."""
+    inputs, dh, state, dstate = properties.make(70_000, 1, 4, 8, 8, dtype=torch.float32)
+    whole = run_torch(mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=16)
+    last = Inputs(*(x[-2:] for x in inputs)), dh[-2:]
+    states = {"initial_state": [x[-2:] for x in state], "dstate": [x[-2:] for x in dstate]}
+    for name, x in run_torch(mlstm_limit_chunk, *last, **states, chunk_size=16).items():
+        assert torch.equal(whole[name][-2:], x), name
+
+
 BAD = [
     (
         lambda x: {"q": x.q.double(), "k": x.k.double(), "v": x.v.double()},
