@@ -81,8 +81,8 @@ def resource_usage(cubin: bytes) -> dict:
     return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
-def limit_chunk_launches(target: str, dtype: str, sizes=((128, 256),), chunk_sizes=(16, 32, 64, 128)):
-    """(label, launches) of mlstm_limit_chunk, forward and backward, for every chunk size."""
+def limit_chunk_launches(target: str, dtype: str, sizes=((128, 256), (16, 32)), chunk_sizes=(16, 32, 64, 128)):
+    """(label, launches) of mlstm_limit_chunk, forward and backward, for every chunk size and large and small tiles."""
     import mlstm_limit_chunk as stage
     import torch
 
