@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: lab test tour lint bench
 
 lab: $(READY)
-	$(BIN)/jupyter lab 01_recurrent/01_recurrent.ipynb $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" 01_recurrent/01_recurrent.ipynb $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
