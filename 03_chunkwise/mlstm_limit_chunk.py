@@ -21,7 +21,7 @@ Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i a
     W        e^(b_i + u_j - m_i), gate weights                (L, L)
     w_state  e^(b_i + m_{c-1} - m_i), weight of the chunk's first state   (L)
     w_end    e^(a_j - m_c), weight of step j in the next state            (L)
-    S, r     normalizer product n . s q, and 1 / max{|S|, e^(-m)}         (B*NH, T)
+    S, r     normalizer product n . s q (L), and 1 / max{|S|, e^(-m)}     (B*NH, T)
     delta    gradient of S                                                (B*NH, T)
     carry    e^(g + m_{c-1} - m_c) <C'_{c-1}, dC'_c>, row by row          (tiles of DHV, B*NH, NC, DQK)
     X        dP * scores, gradient of log D                               (L, L)

@@ -4,38 +4,14 @@ Every check takes the reader's function, prints one line if it is right and rais
 A function that still raises NotImplementedError is reported as not solved yet, so that the notebook runs to its end.
 """
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 from mlstm_recurrent import mlstm_recurrent
 
 from tfla_lab.check import CheckFailed, relative_error, same_gauge
+from tfla_lab.exercise import exercise, require
 from tfla_lab.inputs import random_inputs
-
-
-def exercise(number: int) -> Callable:
-    """Turns a checker into a check that says "correct" where it returns, and "not solved yet" for an unsolved stub."""
-
-    def decorate(checker: Callable) -> Callable:
-        @functools.wraps(checker)
-        def check(answer: Callable) -> None:
-            try:
-                with np.errstate(all="ignore"):
-                    checker(answer)
-            except NotImplementedError:
-                print(f"Exercise {number}: not solved yet")
-            else:
-                print(f"Exercise {number}: correct.")
-
-        return check
-
-    return decorate
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckFailed(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

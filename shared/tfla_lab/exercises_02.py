@@ -6,7 +6,6 @@ A function that still raises NotImplementedError is reported as not solved yet, 
 Besides, what the notebook uses: the stage's own source in pieces, two pictures, and a count of bytes.
 """
 
-import functools
 import inspect
 import math
 import textwrap
@@ -26,31 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from tfla_lab import plot
 from tfla_lab.check import CheckFailed, relative_error
+from tfla_lab.exercise import exercise, require
 from tfla_lab.forms import oracle
 from tfla_lab.inputs import random_inputs, random_state
-
-
-def exercise(number: int) -> Callable:
-    """Turns a checker into check_<number>: says "correct" where it returns, "not solved yet" for an unsolved stub."""
-
-    def decorate(checker: Callable) -> Callable:
-        @functools.wraps(checker)
-        def check(answer: Callable) -> None:
-            try:
-                checker(answer)
-            except NotImplementedError:
-                print(f"Exercise {number}: not solved yet")
-            else:
-                print(f"Exercise {number}: correct.")
-
-        return check
-
-    return decorate
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckFailed(message)
 
 
 def require_tensors(result, names: tuple[str, ...], shapes: list[tuple[int, ...]], function: str) -> None:

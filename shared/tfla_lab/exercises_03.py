@@ -4,7 +4,6 @@ Besides, helpers with which the notebook shows the stage's own sources, small ta
 """
 
 import ast
-import functools
 import importlib.util
 import io
 import textwrap
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from tfla_lab.check import CheckFailed, check, same_gauge
+from tfla_lab.exercise import exercise
 from tfla_lab.forms import FORMS, has_gpu
 
 try:
@@ -22,24 +22,6 @@ try:
     import triton.language as tl
 except ImportError:  # macOS and Windows: exercise 3 is skipped there
     triton = None
-
-
-def exercise(number: int) -> Callable:
-    """Makes check(answer) say how the exercise went; an answer that is still a stub is no failure."""
-
-    def decorate(run: Callable) -> Callable:
-        @functools.wraps(run)
-        def wrapper(answer: Callable) -> None:
-            try:
-                skipped = run(answer)
-            except NotImplementedError:
-                print(f"Exercise {number}: not solved yet")
-            else:
-                print(f"Exercise {number}: skipped, {skipped}" if skipped else f"Exercise {number}: correct.")
-
-        return wrapper
-
-    return decorate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
