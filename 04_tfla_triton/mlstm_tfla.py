@@ -11,12 +11,12 @@ that it needs. Larger chunks mean fewer states C in memory. The equations (secti
 All stabilizers m come from a pass over the gates before the matrix work, so that no accumulator is ever rescaled.
 
     forward     gates_kernel -> states_kernel -> h_kernel
-    backward    dq_kernel -> dstates_kernel -> dkdv_kernel -> dgates_kernel
+    backward    dq_kernel -> dstates_kernel -> dk_kernel, dv_kernel -> dgates_kernel
 
 Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i and columns j of a chunk):
     start    where in the chunk step i's document begins; -1: before it  (B, NH, T)  int32
     b        sum_{r<=i} log sigmoid(f_r) since the chunk began, without resets  (B, NH, T)  float64
-    u        i_j - b_j, so that log D_ij = b_i + u_j                     (B, NH, T)  float64
+    u        i_j - b_j, so that log D_ij = b_i + u_j                     (B, NH, T, 2)  in two float32 parts
     m_intra  max_{start<=j<=i} log D_ij                                  (B, NH, T)
     g        b at the chunk's last step
     C, n, m  the state at the chunk borders 0..NC             (B, NH, NC+1, DQK, DHV), (B, NH, NC+1, DQK), (B, NH, NC+1)
@@ -24,9 +24,12 @@ Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i a
     w_state  e^(b_i + m_{c-1} - m_i), weight of the chunk's first state
     w_end    e^(g + u_j - m_c), weight of step j in the next state
     decay    e^(g + m_{c-1} - m_c), weight of the chunk's first state in the next
-    S, r     normalizer product n . s q, and 1 / max{|S|, e^(-m)}        (B, NH, T)
-    delta    gradient of S                                               (B, NH, T)
-    X        gradient of log D                                           (tiles of L x L)
+    S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)} (B, NH, T)
+    Wr       s * r * W                                                   (tiles of L x L)
+    w_row    log(s r) + b - m, so that Wr_ij = e^(w_row_i + u_j)         (B, NH, T, 2)
+    w_read   s * r * w_state                                             (B, NH, T)
+    delta    D times the gradient of S                                   (B, NH, T)
+    X        gradient of log D_ij                                        (tiles of L x L)
 
 Precision: sums over gates are float64, all other sums float32. bfloat16 inputs are multiplied in bfloat16, float16 ones
 as TF32 (float16's digits with the range that products with gate weights need), float32 ones as three TF32 products.
@@ -146,23 +149,47 @@ def load_border(start_ptr, b_ptr, m_intra_ptr, m_state, offs_last):
 
 
 @triton.jit
-def end_weights(start, g_m, u, offs_j):
+def two_parts(x):
+    """x in float64 as the sum of two float32: multiples of 1/64, which add up without rounding, and what is left."""
+    x = tl.maximum(x, -1e30)  # -inf would leave inf - inf
+    high = (tl.floor(x * 64.0) / 64.0).to(tl.float32)
+    return high, (x - high).to(tl.float32)
+
+
+@triton.jit
+def load_two_parts(ptr, offs, mask):
+    """A value that was stored by store_two_parts; far below everything outside of the mask."""
+    return tl.load(ptr + 2 * offs, mask=mask, other=-1e30), tl.load(ptr + 2 * offs + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_two_parts(ptr, x, offs, mask):
+    high, rest = two_parts(x)
+    tl.store(ptr + 2 * offs, high, mask=mask)
+    tl.store(ptr + 2 * offs + 1, rest, mask=mask)
+
+
+@triton.jit
+def end_weights(start, g_m, u, u_rest, offs_j):
     """w_end of the columns: e^(g + u_j - m_c), 0 for those of documents that ended before the chunk does."""
-    return tl.exp(tl.where(offs_j >= start, g_m + u, -float("inf")).to(tl.float32))
+    g_m, g_m_rest = two_parts(g_m)
+    return tl.exp(tl.where(offs_j >= start, (g_m + u) + (g_m_rest + u_rest), -float("inf")))
 
 
 @triton.jit
-def gate_weights(start, b_m, u, offs_i, offs_j):
-    """The tile W_ij = e^(b_i + u_j - m_i) for start_i <= j <= i, else 0. The exponent is masked: it may be huge."""
+def gate_weights(start, row, row_rest, u, u_rest, offs_i, offs_j):
+    """The tile e^(row_i + u_j) for start_i <= j <= i, else 0. The exponent is masked: elsewhere it may be huge."""
     mask = (offs_i[:, None] >= offs_j[None, :]) & (offs_j[None, :] >= start[:, None])
-    return tl.exp(tl.where(mask, (b_m[:, None] + u[None, :]).to(tl.float32), -float("inf")))
+    exponent = (row[:, None] + u[None, :]) + (row_rest[:, None] + u_rest[None, :])
+    return tl.exp(tl.where(mask, exponent, -float("inf")))
 
 
 @triton.jit
-def gate_weights_transposed(start, b_m, u, offs_i, offs_j):
-    """The tile W^T, with steps j as rows and i as columns."""
+def gate_weights_transposed(start, row, row_rest, u, u_rest, offs_i, offs_j):
+    """The same tile with steps j as rows and i as columns."""
     mask = (offs_i[None, :] >= offs_j[:, None]) & (offs_j[:, None] >= start[None, :])
-    return tl.exp(tl.where(mask, (u[:, None] + b_m[None, :]).to(tl.float32), -float("inf")))
+    exponent = (row[None, :] + u[:, None]) + (row_rest[None, :] + u_rest[:, None])
+    return tl.exp(tl.where(mask, exponent, -float("inf")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +229,7 @@ def gates_kernel(
         offs_gate = bh * T + offs_t
         tl.store(start_ptr + offs_gate, start, mask=mask)
         tl.store(b_ptr + offs_gate, b, mask=mask)
-        tl.store(u_ptr + offs_gate, u, mask=mask)
+        store_two_parts(u_ptr, u, offs_gate, mask)
         tl.store(m_intra_ptr + offs_gate, (b + u_max).to(tl.float32), mask=mask)
 
         last = tl.arange(0, BLOCK_L) == BLOCK_L - 1
@@ -257,8 +284,8 @@ def states_kernel(
         for first in range(0, steps, BLOCK_L):
             offs_l = first + tl.arange(0, BLOCK_L)
             offs_t = (c * L + offs_l).to(tl.int64)
-            u = tl.load(u_ptr + bh * T + offs_t, mask=offs_t < T, other=-float("inf"))
-            w_end = end_weights(start, g_m, u, offs_l)
+            u, u_rest = load_two_parts(u_ptr, bh * T + offs_t, offs_t < T)
+            w_end = end_weights(start, g_m, u, u_rest, offs_l)
             k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32) * w_end[:, None]  # (L, BLOCK_DQK)
             v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_L, BLOCK_DHV)
             C = tl.dot(tl.trans(operand(k, DOT, PRECISION)), v, C, input_precision=PRECISION)
@@ -274,7 +301,7 @@ def states_kernel(
 
 @triton.jit
 def h_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr, h_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr, h_ptr, S_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_hb, stride_hh, stride_ht,
     T, NC, NH, L, s,
@@ -318,6 +345,7 @@ def h_kernel(
         h = tl.dot(q_d.to(DOT), operand(C, DOT, PRECISION), h, input_precision=PRECISION)
         S += tl.sum(q_d.to(tl.float32) * n[None, :], axis=1)
     h, S = h * (s * w_state)[:, None], S * (s * w_state)
+    b_m, b_m_rest = two_parts(b_m)
 
     for first in range(0, tile * BLOCK_LQ - c * L + BLOCK_LQ, BLOCK_LKV):
         offs_j = first + tl.arange(0, BLOCK_LKV)
@@ -328,14 +356,16 @@ def h_kernel(
             scores, q_ptr, k_ptr, offs_ti, offs_tj, stride_qt, stride_kt, T, T, DQK, 0,
             TILES_K, BLOCK_DQK, DOT, PRECISION,
         )  # fmt: skip
-        u = tl.load(u_ptr + bh * T + offs_tj, mask=offs_tj < T, other=-float("inf"))
-        P = scores * s * gate_weights(start, b_m, u, offs_i, offs_j)  # (BLOCK_LQ, BLOCK_LKV)
+        u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
+        P = scores * s * gate_weights(start, b_m, b_m_rest, u, u_rest, offs_i, offs_j)  # (BLOCK_LQ, BLOCK_LKV)
         S += tl.sum(P, axis=1)
         v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
         h = tl.dot(operand(P, DOT, PRECISION), v, h, input_precision=PRECISION)
 
     D = tl.maximum(tl.abs(S), tl.exp(-tl.minimum(m, M_CAP)))
     store_tile(h_ptr, h / D[:, None], offs_ti, offs_v, stride_ht, T, DHV)
+    if tile_v == 0:
+        tl.store(S_ptr + bh * T + offs_ti, S, mask=offs_ti < T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,8 +373,8 @@ def h_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, C_ptr, n_ptr, m_ptr,
-    dq_ptr, r_ptr, delta_ptr, q_dq_ptr,
+    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, S_ptr, C_ptr, n_ptr, m_ptr,
+    dq_ptr, w_row_ptr, delta_ptr, w_read_ptr, q_dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     T, NC, NH, L, s,
@@ -352,18 +382,20 @@ def dq_kernel(
     BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     ASSUME_NORM: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of steps and columns, and what else there is to know of a row: r, delta and q . dq.
+    """dq of one tile of steps and columns, and what the other kernels ask about rows.
 
-    Grid: (tiles of DQK) * (tiles of T) * B * NH. A row's tiles are visited as in h_kernel:
+    Grid: (tiles of DQK) * (tiles of T) * B * NH. With Wr = s * r * W, the tiles of the row are visited as in h_kernel,
+    twice:
 
-      dP = dH V^T,  P = s * Q K^T * W,  dq += (dP * W) K,  n_i += W K
+      1.  dh . h = sum_j (Q K^T * Wr)_ij dP_ij + the state's part,    dP = dH V^T;
+          from it delta = -[|S| wins the max] sign(S) dh . h, the gradient of log D
+      2.  dq += ((dP + delta) * Wr) K
 
-    delta = -[|S| wins the max] sign(S) (dh . h) / D, the gradient through the normalizer, needs the whole row: dh . h
-    is formed here, in float32, as sum_j P_ij dP_ij and the state's part (the h that was returned is rounded, and delta
-    would be wrong in its third digit). So delta comes last: its share of dq is delta_i times the normalizer n_i, which
-    is W K and the state's n; and dq = s * (r * dq + delta * n_i). With ASSUME_NORM, delta is taken to be 0.
+    dh . h is formed anew: from the h that was returned, which is rounded, delta would be wrong in its third digit. With
+    ASSUME_NORM it is taken to be 0, and so is delta. q . dq, summed without rounding, is dh . h, or exactly 0 where |S|
+    wins the max, since h then does not depend on the length of q.
 
-    q . dq, from the unrounded sums: exactly 0 where |S| wins the max, since h then does not depend on q's length.
+    For the kernels that follow: w_row = log(s r) + b - m in two parts, w_read = s * r * w_state, delta, q . dq.
     """
     tile_k, tile, bh = tile_of_program(tl.cdiv(DQK, BLOCK_DQK), T, BLOCK_LQ)
     c = tile * BLOCK_LQ // L
@@ -376,87 +408,90 @@ def dq_kernel(
     TILES_K: tl.constexpr = (DQK + BLOCK_DQK - 1) // BLOCK_DQK
     TILES_V: tl.constexpr = (DHV + BLOCK_DHV - 1) // BLOCK_DHV
 
-    # What the rows have from the chunk's first state: C dh (for dq), q . (C dh) = dh . (C^T q) and q . n, over all of
-    # DQK, whose own tile comes last and is kept.
-    border = bh * (NC + 1) + c
+    # Weights of the rows
+    border, offs_row, mask = bh * (NC + 1) + c, bh * T + offs_ti, offs_ti < T
+    start, m, b_m, w_state = load_row_gates(start_ptr, b_ptr, m_intra_ptr, tl.load(m_ptr + border), offs_row, mask)
+    S, floor = tl.load(S_ptr + offs_row, mask=mask, other=0.0), tl.exp(-tl.minimum(m, M_CAP))
+    D = tl.maximum(tl.abs(S), floor)
+    w_read = w_state * s / D
+    b_m -= tl.log(D / s)
+    w_row, w_row_rest = two_parts(b_m)
+
+    # The share of the chunk's first state: C dh for dq, its own tile of DQK; and q . (C dh) = dh . (C^T q), over all.
     C_ptr, n_ptr = C_ptr + border * DQK * DHV, n_ptr + border * DQK
-    dh = load_tile(dh_ptr, offs_ti, offs_v, stride_gt, T, DHV).to(DOT)  # (BLOCK_LQ, BLOCK_DHV)
-    S, dh_h = tl.zeros((BLOCK_LQ,), dtype=tl.float32), tl.zeros((BLOCK_LQ,), dtype=tl.float32)
-    for other in range(1, TILES_K):
-        offs_d = (tile_k + other) % TILES_K * BLOCK_DQK + tl.arange(0, BLOCK_DQK)
-        q_d = load_tile(q_ptr, offs_ti, offs_d, stride_qt, T, DQK).to(tl.float32)
-        C = load_tile(C_ptr, offs_d, offs_v, DHV, DQK, DHV)
-        C_dh = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), input_precision=PRECISION)
-        C_dh = add_other_tiles(
-            C_dh, dh_ptr, C_ptr, offs_ti, offs_d, stride_gt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
-        )
-        S += tl.sum(q_d * tl.load(n_ptr + offs_d, mask=offs_d < DQK, other=0.0)[None, :], axis=1)
-        dh_h += tl.sum(q_d * C_dh, axis=1)
     q = load_tile(q_ptr, offs_ti, offs_k, stride_qt, T, DQK)  # (BLOCK_LQ, BLOCK_DQK)
-    C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV)
+    dh = load_tile(dh_ptr, offs_ti, offs_v, stride_gt, T, DHV).to(DOT)  # (BLOCK_LQ, BLOCK_DHV)
+    C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
     dq = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), input_precision=PRECISION)
     dq = add_other_tiles(
         dq, dh_ptr, C_ptr, offs_ti, offs_k, stride_gt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
     )
+    delta = tl.zeros((BLOCK_LQ,), dtype=tl.float32)
+    q_dq = tl.zeros((BLOCK_LQ,), dtype=tl.float32)
+    if not ASSUME_NORM:
+        dh_h = tl.sum(q.to(tl.float32) * dq, axis=1)
+        for other in range(1, TILES_K):
+            offs_d = (tile_k + other) % TILES_K * BLOCK_DQK + tl.arange(0, BLOCK_DQK)
+            q_d = load_tile(q_ptr, offs_ti, offs_d, stride_qt, T, DQK).to(tl.float32)
+            C = load_tile(C_ptr, offs_d, offs_v, DHV, DQK, DHV)
+            C_dh = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), input_precision=PRECISION)
+            C_dh = add_other_tiles(
+                C_dh, dh_ptr, C_ptr, offs_ti, offs_d, stride_gt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
+            )
+            dh_h += tl.sum(q_d * C_dh, axis=1)
+        dh_h *= w_read
+
+        for first in range(0, tile * BLOCK_LQ - c * L + BLOCK_LQ, BLOCK_LKV):
+            offs_j = first + tl.arange(0, BLOCK_LKV)
+            offs_tj = (c * L + offs_j).to(tl.int64)
+            k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
+            scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
+            scores = add_other_tiles(
+                scores, q_ptr, k_ptr, offs_ti, offs_tj, stride_qt, stride_kt, T, T, DQK, tile_k,
+                TILES_K, BLOCK_DQK, DOT, PRECISION,
+            )  # fmt: skip
+            v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
+            dP = tl.dot(dh, tl.trans(v), input_precision=PRECISION)
+            dP = add_other_tiles(
+                dP, dh_ptr, v_ptr, offs_ti, offs_tj, stride_gt, stride_vt, T, T, DHV, 0,
+                TILES_V, BLOCK_DHV, DOT, PRECISION,
+            )  # fmt: skip
+            u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
+            W = gate_weights(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)  # (BLOCK_LQ, BLOCK_LKV)
+            dh_h += tl.sum(scores * W * dP, axis=1)
+        delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -dh_h, dh_h), 0.0)
+        q_dq = tl.where(tl.abs(S) > floor, 0.0, dh_h)
+
     n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
-    S += tl.sum(q.to(tl.float32) * n[None, :], axis=1)
-    dh_h += tl.sum(q.to(tl.float32) * dq, axis=1)
-
-    start, m, b_m, w_state = load_row_gates(
-        start_ptr, b_ptr, m_intra_ptr, tl.load(m_ptr + border), bh * T + offs_ti, offs_ti < T
-    )  # fmt: skip
-    dq *= w_state[:, None]
-    n = w_state[:, None] * n[None, :]  # n_i of the rows: (BLOCK_LQ, BLOCK_DQK)
-    S, dh_h = S * (s * w_state), dh_h * (s * w_state)
-
+    dq = (dq + delta[:, None] * n[None, :]) * w_read[:, None]
     for first in range(0, tile * BLOCK_LQ - c * L + BLOCK_LQ, BLOCK_LKV):
         offs_j = first + tl.arange(0, BLOCK_LKV)
         offs_tj = (c * L + offs_j).to(tl.int64)
-        k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
-        scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
-        scores = add_other_tiles(
-            scores, q_ptr, k_ptr, offs_ti, offs_tj, stride_qt, stride_kt, T, T, DQK, tile_k,
-            TILES_K, BLOCK_DQK, DOT, PRECISION,
-        )  # fmt: skip
         v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
         dP = tl.dot(dh, tl.trans(v), input_precision=PRECISION)
         dP = add_other_tiles(
             dP, dh_ptr, v_ptr, offs_ti, offs_tj, stride_gt, stride_vt, T, T, DHV, 0,
             TILES_V, BLOCK_DHV, DOT, PRECISION,
         )  # fmt: skip
-        u = tl.load(u_ptr + bh * T + offs_tj, mask=offs_tj < T, other=-float("inf"))
-        W = gate_weights(start, b_m, u, offs_i, offs_j)  # (BLOCK_LQ, BLOCK_LKV)
-        P = scores * s * W
-        S += tl.sum(P, axis=1)
-        dh_h += tl.sum(P * dP, axis=1)
-        dq = tl.dot(operand(dP * W, DOT, PRECISION), k, dq, input_precision=PRECISION)
-        if not ASSUME_NORM:
-            n = tl.dot(operand(W, DOT, PRECISION), k, n, input_precision=PRECISION)
+        u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
+        dP = (dP + delta[:, None]) * gate_weights(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)
+        k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
+        dq = tl.dot(operand(dP, DOT, PRECISION), k, dq, input_precision=PRECISION)
 
-    floor = tl.exp(-tl.minimum(m, M_CAP))
-    r = 1.0 / tl.maximum(tl.abs(S), floor)
-    q_dq = r * dh_h
-    delta = q_dq * 0.0
-    if ASSUME_NORM:
-        dq = dq * (s * r)[:, None]
-    else:
-        delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -r, r) * q_dq, 0.0)
-        q_dq = tl.where(tl.abs(S) > floor, 0.0, q_dq)
-        dq = dq * (s * r)[:, None] + n * (s * delta)[:, None]
     store_tile(dq_ptr, dq, offs_ti, offs_k, stride_dt, T, DQK)
     if tile_k == 0:
-        offs_row = bh * T + offs_ti
-        tl.store(r_ptr + offs_row, r, mask=offs_ti < T)
-        tl.store(delta_ptr + offs_row, delta, mask=offs_ti < T)
-        tl.store(q_dq_ptr + offs_row, q_dq, mask=offs_ti < T)
+        store_two_parts(w_row_ptr, b_m, offs_row, mask)
+        tl.store(delta_ptr + offs_row, delta, mask=mask)
+        tl.store(w_read_ptr + offs_row, w_read, mask=mask)
+        tl.store(q_dq_ptr + offs_row, q_dq, mask=mask)
 
 
 @triton.jit
 def dstates_kernel(
-    q_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, C_ptr, n_ptr, m_ptr, dC_T_ptr, dn_T_ptr,
+    q_ptr, dh_ptr, start_ptr, b_ptr, m_intra_ptr, w_read_ptr, delta_ptr, C_ptr, n_ptr, m_ptr, dC_T_ptr, dn_T_ptr,
     dC_ptr, dn_ptr, carry_ptr, dC_0_ptr, dn_0_ptr,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-    T, NC, NH, L, s,
+    T, NC, NH, L,
     DQK: tl.constexpr, DHV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -466,7 +501,7 @@ def dstates_kernel(
     +---+---+---+---+    loop over chunks, the last one first:
     |   | x |   |   |      store dC, dn of the border behind; carry = decay * <C, dC>, C of the border before
     +---+---+---+---+      dC <- decay * dC
-    |   |   |   |   |      loop over the chunk's tiles of steps: dC += (s * w_state * r * Q)^T dH
+    |   |   |   |   |      loop over the chunk's tiles of steps: dC += (w_read * Q)^T dH
     +---+---+---+---+    store border 0: the gradient of the initial state
                          The first column of tiles takes care of dn.
     """
@@ -493,7 +528,7 @@ def dstates_kernel(
         if tile_v == 0:
             tl.store(dn_ptr + offs_k, dn, mask=offs_k < DQK)
         steps, m_state = tl.minimum(L, T - c * L), tl.load(m_ptr + bh * (NC + 1) + c)
-        _, _, _, decay = load_border(start_ptr, b_ptr, m_intra_ptr, m_state, bh * T + c * L + steps - 1)
+        _start, _m, _g_m, decay = load_border(start_ptr, b_ptr, m_intra_ptr, m_state, bh * T + c * L + steps - 1)
         C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
         n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
         carry = tl.sum(C * dC, axis=1) + tl.where(tile_v == 0, n * dn, 0.0)  # (BLOCK_DQK,)
@@ -503,14 +538,11 @@ def dstates_kernel(
         dC, dn = dC * decay, dn * decay
         for first in range(0, steps, BLOCK_L):
             offs_t = (c * L + first + tl.arange(0, BLOCK_L)).to(tl.int64)
-            mask = offs_t < T
-            offs_gate = bh * T + offs_t
-            _, _, _, w_state = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, offs_gate, mask)
-            r = tl.load(r_ptr + offs_gate, mask=mask, other=0.0)
-            delta = tl.load(delta_ptr + offs_gate, mask=mask, other=0.0)
-            q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(tl.float32) * (s * w_state)[:, None]
+            w_read = tl.load(w_read_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
+            delta = tl.load(delta_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
+            q = load_tile(q_ptr, offs_t, offs_k, stride_qt, T, DQK).to(tl.float32) * w_read[:, None]
             dh = load_tile(dh_ptr, offs_t, offs_v, stride_gt, T, DHV).to(DOT)  # (BLOCK_L, BLOCK_DHV)
-            dC = tl.dot(tl.trans(operand(q * r[:, None], DOT, PRECISION)), dh, dC, input_precision=PRECISION)
+            dC = tl.dot(tl.trans(operand(q, DOT, PRECISION)), dh, dC, input_precision=PRECISION)
             dn += tl.sum(q * delta[:, None], axis=0)
 
     store_tile(dC_0_ptr + bh * DQK * DHV, dC, offs_k, offs_v, DHV, DQK, DHV)
@@ -519,62 +551,54 @@ def dstates_kernel(
 
 
 @triton.jit
-def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, r_ptr, delta_ptr, dC_ptr, dn_ptr, m_ptr,
-    dk_ptr, dv_ptr, k_dk_ptr, X_column_ptr,
+def dk_kernel(
+    q_ptr, k_ptr, v_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, w_row_ptr, delta_ptr, dC_ptr, dn_ptr, m_ptr,
+    dk_ptr, k_dk_ptr, X_column_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    T, NC, NH, L, s,
+    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    T, NC, NH, L,
     DQK: tl.constexpr, DHV: tl.constexpr, BLOCK_LQ: tl.constexpr, BLOCK_LKV: tl.constexpr,
-    BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr, TILES: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of steps: a tile of columns of each. Grid: TILES * (tiles of T) * B * NH.
+    """dk of one tile of steps and columns. Grid: (tiles of DQK) * (tiles of T) * B * NH.
 
-    P^T (L x L)          dH (L x DHV)     dk = w_end * (V dC^T + dn),  dv = w_end * (K dC)
+    P^T (L x L)          Q (L x DQK)      dk = w_end * (V dC^T + dn)
     +---+---+---+        +---+---+        loop over the tiles i of the row, from the diagonal on:
-    |   |   |   |        |   |   |          P^T  = s * K Q^T * W^T,  dP^T = r * V dH^T + delta
-    +---+---+---+        +---+---+          dk  += s * (dP^T * W^T) Q
-    |   | i | i |   @    |   | i |          dv  += (P^T * r) dH
+    |   |   |   |        |   |   |          dP^T = (V dH^T + delta) * Wr^T
+    +---+---+---+        +---+---+          dk  += dP^T Q
+    |   | i | i |   @    |   | i |
+    +---+---+---+        +---+---+        dP^T is formed as it is used, not by turning dP round: some versions of
+    |   |   |   |        |   | i |        Triton get that wrong on Hopper.
     +---+---+---+        +---+---+
-    |   |   |   |        |   | i |        P^T and dP^T are formed as they are used, not by turning P round:
-    +---+---+---+        +---+---+        some versions of Triton get that wrong on Hopper.
 
-    The column sums of X = dP * P and of the state's part, k . dk, go to dgates_kernel, taken before any rounding.
+    The column sums of X = dP * Q K^T and of the state's part, k . dk, go to dgates_kernel, taken before any rounding.
     """
-    tile_d, tile, bh = tile_of_program(TILES, T, BLOCK_LKV)
+    tile_k, tile, bh = tile_of_program(tl.cdiv(DQK, BLOCK_DQK), T, BLOCK_LKV)
     c = tile * BLOCK_LKV // L
     first_column = tile * BLOCK_LKV - c * L
     offs_j = first_column + tl.arange(0, BLOCK_LKV)  # columns, counted within the chunk
     offs_tj = (c * L + offs_j).to(tl.int64)
-    offs_k, offs_v = tile_d * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_d * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
+    offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tl.arange(0, BLOCK_DHV)
     q_ptr, k_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh), head(k_ptr, bh, NH, stride_kb, stride_kh)
     v_ptr, dh_ptr = head(v_ptr, bh, NH, stride_vb, stride_vh), head(dh_ptr, bh, NH, stride_gb, stride_gh)
-    dk_ptr, dv_ptr = head(dk_ptr, bh, NH, stride_dkb, stride_dkh), head(dv_ptr, bh, NH, stride_dvb, stride_dvh)
+    dk_ptr = head(dk_ptr, bh, NH, stride_db, stride_dh)
+    TILES_K: tl.constexpr = (DQK + BLOCK_DQK - 1) // BLOCK_DQK
+    TILES_V: tl.constexpr = (DHV + BLOCK_DHV - 1) // BLOCK_DHV
 
     border = bh * (NC + 1) + c
     dC_ptr, dn_ptr = dC_ptr + (border + 1) * DQK * DHV, dn_ptr + (border + 1) * DQK
-    k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
     v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
-    dC = operand(load_tile(dC_ptr, offs_k, offs_v, DHV, DQK, DHV), DOT, PRECISION)  # (BLOCK_DQK, BLOCK_DHV)
-    dk = tl.dot(v, tl.trans(dC), input_precision=PRECISION)
+    dC = load_tile(dC_ptr, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
+    dk = tl.dot(v, tl.trans(operand(dC, DOT, PRECISION)), input_precision=PRECISION)
     dk = add_other_tiles(
-        dk, v_ptr, dC_ptr, offs_tj, offs_k, stride_vt, DHV, T, DQK, DHV, tile_d, TILES, BLOCK_DHV, DOT, PRECISION
+        dk, v_ptr, dC_ptr, offs_tj, offs_k, stride_vt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
     )
-    dv = tl.dot(k, dC, input_precision=PRECISION)
-    for other in range(1, TILES):
-        offs_d = (tile_d + other) % TILES * BLOCK_DQK + tl.arange(0, BLOCK_DQK)
-        k_d = load_tile(k_ptr, offs_tj, offs_d, stride_kt, T, DQK).to(DOT)
-        dC = operand(load_tile(dC_ptr, offs_d, offs_v, DHV, DQK, DHV), DOT, PRECISION)
-        dv = tl.dot(k_d, dC, dv, input_precision=PRECISION)
-
     m_state, steps = tl.load(m_ptr + border), tl.minimum(L, T - c * L)
-    start_end, _, g_m, _ = load_border(start_ptr, b_ptr, m_intra_ptr, m_state, bh * T + c * L + steps - 1)
-    u = tl.load(u_ptr + bh * T + offs_tj, mask=offs_tj < T, other=-float("inf"))
-    w_end = end_weights(start_end, g_m, u, offs_j)
+    start_end, _m, g_m, _decay = load_border(start_ptr, b_ptr, m_intra_ptr, m_state, bh * T + c * L + steps - 1)
+    u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
     dn = tl.load(dn_ptr + offs_k, mask=offs_k < DQK, other=0.0)
-    dk = (dk + dn[None, :]) * w_end[:, None]
-    dv = dv * w_end[:, None]
+    dk = (dk + dn[None, :]) * end_weights(start_end, g_m, u, u_rest, offs_j)[:, None]
+    k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK)  # (BLOCK_LKV, BLOCK_DQK)
     k_dk = tl.sum(k.to(tl.float32) * dk, axis=1)
     X_column = tl.zeros((BLOCK_LKV,), dtype=tl.float32)
 
@@ -583,33 +607,93 @@ def dkdv_kernel(
         offs_ti = (c * L + offs_i).to(tl.int64)
         mask = offs_ti < T
         q = load_tile(q_ptr, offs_ti, offs_k, stride_qt, T, DQK).to(DOT)  # (BLOCK_LQ, BLOCK_DQK)
-        P_T = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        P_T = add_other_tiles(
-            P_T, k_ptr, q_ptr, offs_tj, offs_ti, stride_kt, stride_qt, T, T, DQK, tile_d,
-            TILES, BLOCK_DQK, DOT, PRECISION,
+        scores_T = tl.dot(k.to(DOT), tl.trans(q), input_precision=PRECISION)
+        scores_T = add_other_tiles(
+            scores_T, k_ptr, q_ptr, offs_tj, offs_ti, stride_kt, stride_qt, T, T, DQK, tile_k,
+            TILES_K, BLOCK_DQK, DOT, PRECISION,
         )  # fmt: skip
         dh = load_tile(dh_ptr, offs_ti, offs_v, stride_gt, T, DHV).to(DOT)  # (BLOCK_LQ, BLOCK_DHV)
         dP_T = tl.dot(v, tl.trans(dh), input_precision=PRECISION)
         dP_T = add_other_tiles(
-            dP_T, v_ptr, dh_ptr, offs_tj, offs_ti, stride_vt, stride_gt, T, T, DHV, tile_d,
-            TILES, BLOCK_DHV, DOT, PRECISION,
+            dP_T, v_ptr, dh_ptr, offs_tj, offs_ti, stride_vt, stride_gt, T, T, DHV, 0,
+            TILES_V, BLOCK_DHV, DOT, PRECISION,
         )  # fmt: skip
-        start, _, b_m, _ = load_row_gates(start_ptr, b_ptr, m_intra_ptr, m_state, bh * T + offs_ti, mask)
-        r = tl.load(r_ptr + bh * T + offs_ti, mask=mask, other=0.0)
+        start = tl.load(start_ptr + bh * T + offs_ti, mask=mask, other=NO_START)
+        w_row, w_row_rest = load_two_parts(w_row_ptr, bh * T + offs_ti, mask)
         delta = tl.load(delta_ptr + bh * T + offs_ti, mask=mask, other=0.0)
-        W_T = s * gate_weights_transposed(start, b_m, u, offs_i, offs_j)  # (BLOCK_LKV, BLOCK_LQ)
-        P_T = P_T * W_T
-        dP_T = dP_T * r[None, :] + delta[None, :]
-        X_column += tl.sum(P_T * dP_T, axis=1)
-        dk = tl.dot(operand(dP_T * W_T, DOT, PRECISION), q, dk, input_precision=PRECISION)
-        dv = tl.dot(operand(P_T * r[None, :], DOT, PRECISION), dh, dv, input_precision=PRECISION)
+        W_T = gate_weights_transposed(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)  # (BLOCK_LKV, BLOCK_LQ)
+        dP_T = (dP_T + delta[None, :]) * W_T
+        X_column += tl.sum(scores_T * dP_T, axis=1)
+        dk = tl.dot(operand(dP_T, DOT, PRECISION), q, dk, input_precision=PRECISION)
 
-    store_tile(dk_ptr, dk, offs_tj, offs_k, stride_dkt, T, DQK)
-    store_tile(dv_ptr, dv, offs_tj, offs_v, stride_dvt, T, DHV)
-    BH = tl.num_programs(0) // TILES // tl.cdiv(T, BLOCK_LKV)
-    tl.store(k_dk_ptr + (tile_d.to(tl.int64) * BH + bh) * T + offs_tj, k_dk, mask=offs_tj < T)
-    if tile_d == 0:
+    store_tile(dk_ptr, dk, offs_tj, offs_k, stride_dt, T, DQK)
+    BH = tl.num_programs(0) // TILES_K // tl.cdiv(T, BLOCK_LKV)
+    tl.store(k_dk_ptr + (tile_k.to(tl.int64) * BH + bh) * T + offs_tj, k_dk, mask=offs_tj < T)
+    if tile_k == 0:
         tl.store(X_column_ptr + bh * T + offs_tj, X_column, mask=offs_tj < T)
+
+
+@triton.jit
+def dv_kernel(
+    q_ptr, k_ptr, dh_ptr, start_ptr, b_ptr, u_ptr, m_intra_ptr, w_row_ptr, dC_ptr, m_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    T, NC, NH, L,
+    DQK: tl.constexpr, DHV: tl.constexpr, BLOCK_LQ: tl.constexpr, BLOCK_LKV: tl.constexpr,
+    BLOCK_DQK: tl.constexpr, BLOCK_DHV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv of one tile of steps and columns: h_kernel with rows and columns exchanged.
+
+    P^T (L x L)          dH (L x DHV)     Grid: (tiles of DHV) * (tiles of T) * B * NH.
+    +---+---+---+        +---+---+        dv = w_end * (K dC)
+    |   |   |   |        |   |   |        loop over the tiles i of the row, from the diagonal on:
+    +---+---+---+        +---+---+          dv += (K Q^T * Wr^T) dH
+    |   | i | i |   @    |   | i |
+    +---+---+---+        +---+---+
+    |   |   |   |        |   | i |
+    +---+---+---+        +---+---+
+    """
+    tile_v, tile, bh = tile_of_program(tl.cdiv(DHV, BLOCK_DHV), T, BLOCK_LKV)
+    c = tile * BLOCK_LKV // L
+    first_column = tile * BLOCK_LKV - c * L
+    offs_j = first_column + tl.arange(0, BLOCK_LKV)
+    offs_tj = (c * L + offs_j).to(tl.int64)
+    offs_k, offs_v = tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
+    q_ptr, k_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh), head(k_ptr, bh, NH, stride_kb, stride_kh)
+    dh_ptr, dv_ptr = head(dh_ptr, bh, NH, stride_gb, stride_gh), head(dv_ptr, bh, NH, stride_db, stride_dh)
+    TILES_K: tl.constexpr = (DQK + BLOCK_DQK - 1) // BLOCK_DQK
+
+    border = bh * (NC + 1) + c
+    dC_ptr += (border + 1) * DQK * DHV
+    k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
+    dC = load_tile(dC_ptr, offs_k, offs_v, DHV, DQK, DHV)  # (BLOCK_DQK, BLOCK_DHV)
+    dv = tl.dot(k, operand(dC, DOT, PRECISION), input_precision=PRECISION)
+    for other in range(1, TILES_K):
+        offs_d = other * BLOCK_DQK + tl.arange(0, BLOCK_DQK)
+        k_d = load_tile(k_ptr, offs_tj, offs_d, stride_kt, T, DQK).to(DOT)
+        dC = load_tile(dC_ptr, offs_d, offs_v, DHV, DQK, DHV)
+        dv = tl.dot(k_d, operand(dC, DOT, PRECISION), dv, input_precision=PRECISION)
+
+    m_state, steps = tl.load(m_ptr + border), tl.minimum(L, T - c * L)
+    start_end, _m, g_m, _decay = load_border(start_ptr, b_ptr, m_intra_ptr, m_state, bh * T + c * L + steps - 1)
+    u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
+    dv *= end_weights(start_end, g_m, u, u_rest, offs_j)[:, None]
+
+    for first in range(first_column // BLOCK_LQ * BLOCK_LQ, steps, BLOCK_LQ):
+        offs_i = first + tl.arange(0, BLOCK_LQ)
+        offs_ti = (c * L + offs_i).to(tl.int64)
+        mask = offs_ti < T
+        q = load_tile(q_ptr, offs_ti, offs_k, stride_qt, T, DQK).to(DOT)  # (BLOCK_LQ, BLOCK_DQK)
+        P_T = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        P_T = add_other_tiles(
+            P_T, k_ptr, q_ptr, offs_tj, offs_ti, stride_kt, stride_qt, T, T, DQK, 0, TILES_K, BLOCK_DQK, DOT, PRECISION
+        )
+        start = tl.load(start_ptr + bh * T + offs_ti, mask=mask, other=NO_START)
+        w_row, w_row_rest = load_two_parts(w_row_ptr, bh * T + offs_ti, mask)
+        P_T *= gate_weights_transposed(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)  # (BLOCK_LKV, BLOCK_LQ)
+        dh = load_tile(dh_ptr, offs_ti, offs_v, stride_gt, T, DHV).to(DOT)  # (BLOCK_LQ, BLOCK_DHV)
+        dv = tl.dot(operand(P_T, DOT, PRECISION), dh, dv, input_precision=PRECISION)
+    store_tile(dv_ptr, dv, offs_tj, offs_v, stride_dt, T, DHV)
 
 
 @triton.jit
@@ -685,10 +769,11 @@ def describe_gpu(device: torch.device) -> tuple[bool, int]:
 # num_stages. Chosen on an H200 at head dimensions 128 and 256, among what the compiler fits into registers.
 TILES_BFLOAT16 = {
     "states": (64, 64, 64, 128, 4, 3),
-    "h": (64, 64, 128, 256, 8, 2),
-    "dq": (64, 64, 128, 256, 8, 2),
+    "h": (128, 64, 128, 256, 8, 2),
+    "dq": (64, 32, 128, 256, 4, 1),
     "dstates": (64, 64, 64, 128, 4, 3),
-    "dkdv": (64, 64, 128, 256, 8, 2),
+    "dk": (64, 64, 128, 256, 4, 1),
+    "dv": (64, 128, 128, 256, 8, 2),
 }
 
 
@@ -719,8 +804,6 @@ def launch_options(kernel: str, q: Tensor, v: Tensor, L: int) -> dict:
     }  # fmt: skip
     if kernel in ("states", "dstates"):
         return o | {"BLOCK_L": min(rows, L)}
-    if kernel == "dkdv":
-        o["TILES"] = max(tiles(o))
     return o | {"BLOCK_LQ": min(rows, L), "BLOCK_LKV": min(columns, L)}
 
 
@@ -730,13 +813,16 @@ def tiles(o: dict) -> tuple[int, int]:
 
 
 def saved_shapes(q: Tensor, v: Tensor, L: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the forward pass keeps for the backward pass: start, b, u, m_intra, C, n, m."""
+    """Shapes and types of what the forward pass keeps: start, b, u, m_intra, S, C, n, m."""
     (B, NH, T, DQK), NC = q.shape, (q.shape[2] + L - 1) // L
     # The states go into the matrix unit again: they are stored as they will be multiplied.
     dtype_C = torch.bfloat16 if q.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
-    gates = [((B, NH, T), dtype) for dtype in (torch.int32, torch.float64, torch.float64, torch.float32)]
-    state = [(B, NH, NC + 1, DQK, v.shape[-1]), (B, NH, NC + 1, DQK), (B, NH, NC + 1)]
-    return gates + list(zip(state, (dtype_C, torch.float32, torch.float32), strict=True))
+    return [
+        ((B, NH, T), torch.int32), ((B, NH, T), torch.float64), ((B, NH, T, 2), torch.float32),
+        ((B, NH, T), torch.float32), ((B, NH, T), torch.float32),
+        ((B, NH, NC + 1, DQK, v.shape[-1]), dtype_C), ((B, NH, NC + 1, DQK), torch.float32),
+        ((B, NH, NC + 1), torch.float32),
+    ]  # fmt: skip
 
 
 # same as 03_chunkwise/mlstm_limit_chunk.py::contiguous_state
@@ -748,7 +834,7 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, L: int, assume_norm: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """h, the final state, and what the backward pass will need."""
     (B, NH, T, DQK), NC = q.shape, triton.cdiv(q.shape[2], L)
@@ -756,7 +842,7 @@ def launch_forward(
     saved = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v, L)]
     if h.numel() == 0:
         return h, *((C_T, n_T, m_T) if C_0 is None else [x.clone() for x in state]), *saved
-    *gates, C, n, m = saved
+    *gates, S, C, n, m = saved
     gates_kernel[(NC * B * NH,)](i, f, *gates, *i.stride(), *f.stride(), T, NC, NH, L, min(L, 256), num_warps=1)
     o = launch_options("states", q, v, L)
     tiles_k, tiles_v = tiles(o)
@@ -765,7 +851,7 @@ def launch_forward(
     )
     o = launch_options("h", q, v, L)
     h_kernel[(tiles(o)[1] * triton.cdiv(T, o["BLOCK_LQ"]) * B * NH,)](
-        q, k, v, *gates, C, n, m, h,
+        q, k, v, *gates, C, n, m, h, S,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *h.stride()[:3], T, NC, NH, L, DQK**-0.5, **o,
     )  # fmt: skip
     return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), *saved
@@ -775,7 +861,8 @@ def launch_backward(
     dh: Tensor, dC_T: Tensor | None, dn_T: Tensor | None, dm_T: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
     C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, C_T: Tensor,
-    start: Tensor, b: Tensor, u: Tensor, m_intra: Tensor, C: Tensor, n: Tensor, m: Tensor, L: int, assume_norm: bool,
+    start: Tensor, b: Tensor, u: Tensor, m_intra: Tensor, S: Tensor, C: Tensor, n: Tensor, m: Tensor,
+    L: int, assume_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, di, df, dC_0, dn_0, dm_0."""
     (B, NH, T, _), NC, s = q.shape, triton.cdiv(q.shape[2], L), q.shape[-1] ** -0.5
@@ -791,25 +878,28 @@ def launch_backward(
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     strides = [stride for x in (q, k, v, dh) for stride in x.stride()[:3]]
-    r, delta, q_dq, X_column = (empty(B, NH, T) for _ in range(4))
+    w_row, delta, w_read, q_dq, X_column = empty(B, NH, T, 2), *(empty(B, NH, T) for _ in range(4))
     o = launch_options("dq", q, v, L)
     dq_kernel[(tiles(o)[0] * triton.cdiv(T, o["BLOCK_LQ"]) * B * NH,)](
-        q, k, v, dh, *gates, C, n, m, dq, r, delta, q_dq, *strides, *dq.stride()[:3], T, NC, NH, L, s,
+        q, k, v, dh, *gates, S, C, n, m, dq, w_row, delta, w_read, q_dq, *strides, *dq.stride()[:3], T, NC, NH, L, s,
         ASSUME_NORM=assume_norm, **o,
     )  # fmt: skip
     o = launch_options("dstates", q, v, L)
     tiles_C = math.prod(tiles(o))
     dC, dn, carry = torch.empty_like(C), torch.empty_like(n), empty(tiles_C, B, NH, NC)
     dstates_kernel[(B * NH, tiles_C)](
-        q, dh, *gates, r, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
-        *q.stride()[:3], *dh.stride()[:3], T, NC, NH, L, s, **o,
+        q, dh, start, b, m_intra, w_read, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
+        *q.stride()[:3], *dh.stride()[:3], T, NC, NH, L, **o,
     )  # fmt: skip
-    o = launch_options("dkdv", q, v, L)
-    k_dk = empty(o["TILES"], B, NH, T)
-    dkdv_kernel[(o["TILES"] * triton.cdiv(T, o["BLOCK_LKV"]) * B * NH,)](
-        q, k, v, dh, *gates, r, delta, dC, dn, m, dk, dv, k_dk, X_column,
-        *strides, *dk.stride()[:3], *dv.stride()[:3], T, NC, NH, L, s, **o,
-    )  # fmt: skip
+    o = launch_options("dk", q, v, L)
+    k_dk = empty(tiles(o)[0], B, NH, T)
+    dk_kernel[(tiles(o)[0] * triton.cdiv(T, o["BLOCK_LKV"]) * B * NH,)](
+        q, k, v, dh, *gates, w_row, delta, dC, dn, m, dk, k_dk, X_column, *strides, *dk.stride()[:3], T, NC, NH, L, **o
+    )
+    o = launch_options("dv", q, v, L)
+    dv_kernel[(tiles(o)[1] * triton.cdiv(T, o["BLOCK_LKV"]) * B * NH,)](
+        q, k, dh, *gates, w_row, dC, m, dv, *strides[:6], *strides[9:], *dv.stride()[:3], T, NC, NH, L, **o
+    )
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
     di_rest, df_bar_rest = None, None
