@@ -71,7 +71,7 @@ EXERCISES = [
     importlib.import_module(f"tfla_lab.{file.stem}") for file in sorted(ROOT.glob("shared/tfla_lab/exercises_*.py"))
 ]
 WRONG = [
-    pytest.param(module, number, answer, id=f"{module.__name__[-2:]}-{number}-{answer.__name__}")
+    pytest.param(module, number, answer, id=f"{module.__name__.rpartition('_')[2]}-{number}-{answer.__name__}")
     for module in EXERCISES
     for number, answers in module.WRONG_ANSWERS.items()
     for answer in answers
@@ -84,7 +84,7 @@ def test_exercise_checks_reject_wrong_answers(module, number, answer):
         getattr(module, f"check_{number}")(answer)
 
 
-@pytest.mark.parametrize("module", EXERCISES, ids=lambda module: module.__name__[-2:])
+@pytest.mark.parametrize("module", EXERCISES, ids=lambda module: module.__name__.rpartition("_")[2])
 def test_an_unsolved_exercise_is_no_error(module, capsys):
     def stub(*_, **__):
         raise NotImplementedError

@@ -47,6 +47,7 @@ FORMS = {
         Form("mlstm_parallel", "02", "mlstm_parallel", "torch"),
         Form("mlstm_chunkwise", "03", "mlstm_chunkwise", "torch", chunked=True),
         Form("mlstm_limit_chunk", "03", "mlstm_limit_chunk", "triton", chunked=True),
+        Form("mlstm_tfla", "04", "mlstm_tfla", "triton", chunked=True),
     )
 }
 
