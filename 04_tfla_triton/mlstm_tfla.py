@@ -765,6 +765,8 @@ def describe_gpu(device: torch.device) -> tuple[bool, int]:
     return hip, 65536 if hip else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+# The chunk size where none is asked for. On an H200, 128 is as fast, but keeps twice as many states.
+CHUNK_SIZE = 256
 # What a program holds at once, kernel by kernel: steps (rows, columns), columns of q and k, columns of v, num_warps,
 # num_stages. Chosen on an H200 at head dimensions 128 and 256, among what the compiler fits into registers.
 TILES_BFLOAT16 = {
@@ -1010,7 +1012,7 @@ def mlstm_tfla(
     _check_inputs(q, k, v, i, f, initial_state)
     _check_triton(q, k, v)
     if chunk_size is None:
-        chunk_size = 256
+        chunk_size = CHUNK_SIZE
     elif type(chunk_size) is not int or chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be None or a power of two >= 16, got {chunk_size!r}")
     C_0, n_0, m_0 = (None, None, None) if initial_state is None else initial_state

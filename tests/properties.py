@@ -1,11 +1,15 @@
 """What every form of the mLSTM must satisfy, written once and used by the tests of each stage."""
 
 import os
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import mlstm_parallel
 import numpy as np
+import pytest
 import torch
+from mlstm_chunkwise import mlstm_chunkwise
 from tfla_lab.check import TINIEST, budget, check, same_gauge, to_numpy
 from tfla_lab.forms import oracle, run_torch
 from tfla_lab.inputs import REGIMES, Inputs, random_inputs, random_state
@@ -15,6 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = [torch.float64, torch.float32]
 # Triton's interpreter computes nonsense with bfloat16, so that dtype needs a GPU.
 TRITON_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+# Head dimensions (DQK, DHV) at which every configuration is run on a GPU.
+HEAD_SHAPES = [(16, 16), (64, 64), (80, 112), (128, 128), (128, 256), (256, 512), (512, 512)]
+ON_GPU = pytest.mark.skipif(INTERPRETED, reason="needs a GPU: sizes that would take the interpreter hours")
 
 
 @st.composite
@@ -277,3 +284,127 @@ def finite_at_extremes(function, dtype, **options) -> None:
                 if value_i <= 0 and m_0 <= 0:
                     for name, x in result.items():
                         assert torch.isfinite(x).all(), (name, value_i, value_f, m_0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a Triton form must satisfy besides
+# ---------------------------------------------------------------------------------------------------------------------
+def compare_with_chunkwise(function, B, NH, T, DQK, DHV, *, dtype, regime="typical", chunk_size, leave_out=()) -> None:
+    """A form against stage 03's chunkwise form in float64 on the same numbers: sizes at which the oracle is slow."""
+    inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime)
+    wide = Inputs(*(x.double() for x in inputs))
+    wide_state, wide_dstate = (tuple(x.double() for x in y) for y in (state, dstate))
+    expected = run_torch(mlstm_chunkwise, wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
+    actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
+    actual = {name: x for name, x in actual.items() if name not in leave_out}
+    compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
+
+
+def the_same_call_gives_the_same_bits(function, dtype, **options) -> None:
+    inputs, dh, state, dstate = make(2, 2, 100, 24, 40, dtype=dtype)
+    first, *others = (
+        run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+        for _ in range(3 if INTERPRETED else 20)
+    )
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def digits_behind_one_shut_forget_gate(function, f_value, **options) -> None:
+    """One f of -1e4 among typical gates: a difference of float32 sums would be wrong by 1e-3 behind it."""
+    inputs, dh, *_ = make(1, 2, 120, 8, 8, dtype=torch.float32)
+    inputs.f[:, :, 70] = f_value
+    actual = run_torch(function, inputs, dh, **options)
+    compare_with(inputs, dh, oracle(inputs, dh), actual, torch.float32)
+
+
+def views_are_not_copied(function, **options) -> None:
+    """(B, T, NH, D) tensors seen through a transpose, and slices of a larger tensor; h in the layout of v."""
+    B, NH, T, D = 2, 3, 40, 8
+    whole = torch.randn(B, T, NH, 3 * D + 2, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    q, k, v, gates = whole.transpose(1, 2).split([D, D, D, 2], dim=-1)
+    i, f = gates[..., 0], gates[..., 1]
+    assert not any(x.is_contiguous() for x in (q, k, v, i, f))
+    for x in (q, k, v, i, f):
+        x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
+    h = function(q, k, v, i, f, **options)
+    expected = mlstm_chunkwise(*(x.double() for x in (q, k, v, i, f)), chunk_size=16)
+    torch.testing.assert_close(h.double(), expected, rtol=1e-4, atol=1e-5)
+    v = torch.randn(B, T, NH, D, device=DEVICE).transpose(1, 2)
+    assert function(q, k, v, i, f, **options).stride() == v.stride()
+
+
+def gradient_of_a_sum(function, **options) -> None:
+    """h.sum() sends back a gradient whose strides are all 0."""
+    inputs, *_ = make(1, 2, 40, 8, 8, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    function(*leaves, **options).sum().backward()
+    expected = oracle(inputs, torch.ones_like(inputs.v))
+    check({"dq": leaves[0].grad, "df": leaves[4].grad}, expected, verbose=False)
+
+
+def only_the_state_is_used(function, **options) -> None:
+    inputs, dh, state, dstate = make(1, 2, 40, 8, 8, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    _, (C, _, _) = function(*leaves, initial_state=state, return_state=True, **options)
+    (C * dstate[0]).sum().backward()
+    zero = [torch.zeros_like(x) for x in dstate[1:]]
+    expected = oracle(inputs, torch.zeros_like(dh), initial_state=state, dstate=(dstate[0], *zero))
+    check({n: leaves[j].grad for j, n in enumerate(("dk", "dv", "di", "df"), start=1)}, expected, verbose=False)
+
+
+def gates_in_either_dtype(function, gate_dtype, **options) -> None:
+    inputs, dh, *_ = make(1, 2, 40, 8, 8, dtype=torch.float16)
+    inputs = inputs._replace(i=inputs.i.to(gate_dtype), f=inputs.f.to(gate_dtype))
+    actual = run_torch(function, inputs, dh, **options)
+    assert actual["di"].dtype == actual["df"].dtype == gate_dtype
+    compare_with(inputs, dh, oracle(inputs, dh), actual, torch.float16)
+
+
+def one_graph(function, dynamic, **options) -> None:
+    """torch.compile: no breaks, states and gradients included, and for other lengths too."""
+
+    def model(q, k, v, i, f, state):
+        h, final = function(q * 2, k, v, i, f, initial_state=state, return_state=True, **options)
+        return h.relu(), final
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (40, 56):
+        inputs, dh, state, _ = make(1, 2, T, 8, 8, dtype=torch.float32)
+        results = []
+        for form in (model, compiled):
+            leaves = [x.clone().requires_grad_() for x in (*inputs, *state)]
+            h, final = form(*leaves[:5], tuple(leaves[5:]))
+            gradients = torch.autograd.grad([h, *final], leaves, [dh, *(torch.ones_like(x) for x in final)])
+            results.append([h, *final, *gradients])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def offsets_beyond_2_to_the_31(function) -> None:
+    """q, k, v of more than 2^31 elements: the last rows are as they are in a small tensor."""
+    B, NH, T, D = 4, 2, 2**20 + 64, 256
+    x = Inputs(*(torch.randn(B, NH, T, D, device=DEVICE, dtype=torch.bfloat16) for _ in "qkv"),
+               *(torch.randn(B, NH, T, device=DEVICE) + shift for shift in (0, 3)))  # fmt: skip
+    assert x.q.numel() > 2**31
+    with torch.no_grad():
+        h, final = function(*x, return_state=True)
+        start = T - 64 - 2048  # a chunk's border, or the bits would differ
+        _, state = function(*(y[-1:, -1:, :start] for y in x), return_state=True)
+        h_end, final_end = function(*(y[-1:, -1:, start:] for y in x), initial_state=state, return_state=True)
+    assert torch.equal(h[-1:, -1:, start:], h_end)
+    assert all(torch.equal(y[-1:, -1:], z) for y, z in zip(final, final_end, strict=True))
+
+
+def more_heads_than_a_grid_axis_may_have(function, **options) -> None:
+    """CUDA allows 65,535 programs along the second axis of a grid."""
+    inputs, dh, state, dstate = make(70_000, 1, 4, 8, 8, dtype=torch.float32)
+    whole = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
+    last = Inputs(*(x[-2:] for x in inputs)), dh[-2:]
+    states = {"initial_state": [x[-2:] for x in state], "dstate": [x[-2:] for x in dstate]}
+    for name, x in run_torch(function, *last, **states, **options).items():
+        assert torch.equal(whole[name][-2:], x), name
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -1,9 +1,6 @@
 """Stage 03 in Triton: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import properties
 import pytest
@@ -14,13 +11,9 @@ pytest.importorskip("triton", reason="Triton has no wheels for this system")
 
 import mlstm_limit_chunk as stage
 import mutants
-from mlstm_chunkwise import mlstm_chunkwise
 from mlstm_limit_chunk import mlstm_limit_chunk
-from properties import DEVICE, INTERPRETED, TRITON_DTYPES
-from tfla_lab.forms import run_torch
-from tfla_lab.inputs import Inputs, random_inputs, random_state
-
-ON_GPU = pytest.mark.skipif(INTERPRETED, reason="needs a GPU: sizes that would take the interpreter hours")
+from properties import DEVICE, INTERPRETED, ON_GPU, TRITON_DTYPES, run_python
+from tfla_lab.inputs import random_inputs, random_state
 
 
 @given(properties.cases(TRITON_DTYPES, max_T=150, max_D=40, chunk_sizes=(16, 32, 64, 128)))
@@ -32,40 +25,28 @@ def test_equals_the_recurrence(case):
     properties.compare_with_oracle(mlstm_limit_chunk, **case)
 
 
-def in_float64(inputs, dh, state, dstate) -> dict:
-    """The chunkwise form of the same numbers in float64."""
-    wide = Inputs(*(x.double() for x in inputs))
-    state, dstate = (tuple(x.double() for x in y) for y in (state, dstate))
-    return run_torch(mlstm_chunkwise, wide, dh.double(), initial_state=state, dstate=dstate)
-
-
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
 @pytest.mark.parametrize(("DQK", "DHV"), [(96, 160), (160, 72)])
 def test_equals_the_chunkwise_form_with_tiled_heads(chunk_size, DQK, DHV, dtype):
     """Head dimensions that need several tiles, none of them full, and at least two chunks."""
-    inputs, dh, state, dstate = properties.make(1, 2, chunk_size + 33, DQK, DHV, dtype=dtype)
-    expected = in_float64(inputs, dh, state, dstate)
-    actual = run_torch(mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
-    properties.compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
+    properties.compare_with_chunkwise(
+        mlstm_limit_chunk, 1, 2, chunk_size + 33, DQK, DHV, dtype=dtype, chunk_size=chunk_size
+    )
 
 
 @ON_GPU
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
-@pytest.mark.parametrize(
-    ("DQK", "DHV"), [(16, 16), (64, 64), (80, 112), (128, 128), (128, 256), (256, 512), (512, 512)]
-)
+@pytest.mark.parametrize(("DQK", "DHV"), properties.HEAD_SHAPES)
 @pytest.mark.parametrize("regime", ["typical", "initial", "shut"])
 def test_equals_the_chunkwise_form_at_full_size(DQK, DHV, chunk_size, dtype, regime):
     """Every configuration that the launcher can choose, on the hardware: compilers have got some of them wrong."""
-    inputs, dh, state, dstate = properties.make(4, 4, 1000, DQK, DHV, dtype=dtype, regime=regime)
-    expected = in_float64(inputs, dh, state, dstate)
-    actual = run_torch(mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
-    if regime == "initial" and dtype == torch.bfloat16:
-        # e^-m wins at nearly every step there, so dn_0 hangs on one or two steps, and on how C_0 rounds at those.
-        del actual["dn_0"]
-    properties.compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
+    # e^-m wins at nearly every step of "initial", so dn_0 hangs on one or two, and on how C_0 rounds at those.
+    leave_out = ("dn_0",) if regime == "initial" and dtype == torch.bfloat16 else ()
+    properties.compare_with_chunkwise(
+        mlstm_limit_chunk, 4, 4, 1000, DQK, DHV, dtype=dtype, regime=regime, chunk_size=chunk_size, leave_out=leave_out
+    )
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
@@ -91,67 +72,24 @@ def test_causality():
 
 
 def test_the_same_call_gives_the_same_bits():
-    inputs, dh, state, dstate = properties.make(2, 2, 100, 24, 40, dtype=TRITON_DTYPES[-1])
-    first, *others = (
-        run_torch(mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=32)
-        for _ in range(3 if INTERPRETED else 20)
-    )
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+    properties.the_same_call_gives_the_same_bits(mlstm_limit_chunk, TRITON_DTYPES[-1], chunk_size=32)
 
 
 @pytest.mark.parametrize("f_value", [-1e4, -torch.inf])
 def test_digits_behind_one_shut_forget_gate(f_value):
-    """One f of -1e4 among typical gates: a difference of float32 sums would be wrong by 1e-3 behind it."""
-    inputs, dh, *_ = properties.make(1, 2, 120, 8, 8, dtype=torch.float32)
-    inputs.f[:, :, 70] = f_value
-    actual = run_torch(mlstm_limit_chunk, inputs, dh, chunk_size=128)
-    properties.compare_with(inputs, dh, properties.oracle(inputs, dh), actual, torch.float32)
+    properties.digits_behind_one_shut_forget_gate(mlstm_limit_chunk, f_value, chunk_size=128)
 
 
-def test_views_are_not_copied():
-    """(B, T, NH, D) tensors seen through a transpose, and slices of a larger tensor; h in the layout of v."""
-    B, NH, T, D = 2, 3, 40, 8
-    whole = torch.randn(B, T, NH, 3 * D + 2, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
-    q, k, v, gates = whole.transpose(1, 2).split([D, D, D, 2], dim=-1)
-    i, f = gates[..., 0], gates[..., 1]
-    assert not any(x.is_contiguous() for x in (q, k, v, i, f))
-    for x in (q, k, v, i, f):
-        x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
-    h = mlstm_limit_chunk(q, k, v, i, f, chunk_size=16)
-    expected = mlstm_chunkwise(*(x.double() for x in (q, k, v, i, f)), chunk_size=16)
-    torch.testing.assert_close(h.double(), expected, rtol=1e-4, atol=1e-5)
-    v = torch.randn(B, T, NH, D, device=DEVICE).transpose(1, 2)
-    assert mlstm_limit_chunk(q, k, v, i, f, chunk_size=16).stride() == v.stride()
-
-
-def test_gradient_of_a_sum():
-    """h.sum() sends back a gradient whose strides are all 0."""
-    inputs, *_ = properties.make(1, 2, 40, 8, 8, dtype=torch.float32)
-    leaves = [x.requires_grad_() for x in inputs]
-    mlstm_limit_chunk(*leaves, chunk_size=16).sum().backward()
-    expected = properties.oracle(inputs, torch.ones_like(inputs.v))
-    properties.check({"dq": leaves[0].grad, "df": leaves[4].grad}, expected, verbose=False)
-
-
-def test_only_the_state_is_used():
-    inputs, dh, state, dstate = properties.make(1, 2, 40, 8, 8, dtype=torch.float32)
-    leaves = [x.requires_grad_() for x in inputs]
-    _, (C, _, _) = mlstm_limit_chunk(*leaves, initial_state=state, return_state=True, chunk_size=16)
-    (C * dstate[0]).sum().backward()
-    zero = [torch.zeros_like(x) for x in dstate[1:]]
-    expected = properties.oracle(inputs, torch.zeros_like(dh), initial_state=state, dstate=(dstate[0], *zero))
-    names = ("dk", "dv", "di", "df")
-    properties.check({n: leaves[j].grad for j, n in enumerate(names, start=1)}, expected, verbose=False)
+@pytest.mark.parametrize(
+    "property_", [properties.views_are_not_copied, properties.gradient_of_a_sum, properties.only_the_state_is_used]
+)
+def test_autograd_and_views(property_):
+    property_(mlstm_limit_chunk, chunk_size=16)
 
 
 @pytest.mark.parametrize("gate_dtype", [torch.float16, torch.float32])
 def test_gates_in_either_dtype(gate_dtype):
-    inputs, dh, *_ = properties.make(1, 2, 40, 8, 8, dtype=torch.float16)
-    inputs = inputs._replace(i=inputs.i.to(gate_dtype), f=inputs.f.to(gate_dtype))
-    actual = run_torch(mlstm_limit_chunk, inputs, dh, chunk_size=16)
-    assert actual["di"].dtype == actual["df"].dtype == gate_dtype
-    properties.compare_with(inputs, dh, properties.oracle(inputs, dh), actual, torch.float16)
+    properties.gates_in_either_dtype(mlstm_limit_chunk, gate_dtype, chunk_size=16)
 
 
 @pytest.mark.parametrize("with_state", [True, False])
@@ -164,49 +102,17 @@ def test_opcheck(with_state):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile(dynamic):
-    """One graph, no breaks, states and gradients included, and for other lengths too."""
-
-    def model(q, k, v, i, f, state):
-        h, final = mlstm_limit_chunk(q * 2, k, v, i, f, chunk_size=16, initial_state=state, return_state=True)
-        return h.relu(), final
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for T in (40, 56):
-        inputs, dh, state, _ = properties.make(1, 2, T, 8, 8, dtype=torch.float32)
-        results = []
-        for function in (model, compiled):
-            leaves = [x.clone().requires_grad_() for x in (*inputs, *state)]
-            h, final = function(*leaves[:5], tuple(leaves[5:]))
-            gradients = torch.autograd.grad([h, *final], leaves, [dh, *(torch.ones_like(x) for x in final)])
-            results.append([h, *final, *gradients])
-        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    properties.one_graph(mlstm_limit_chunk, dynamic, chunk_size=16)
 
 
 @ON_GPU
 def test_offsets_beyond_2_to_the_31():
-    """q, k, v of more than 2^31 elements: the last rows are as they are in a small tensor."""
-    B, NH, T, D = 4, 2, 2**20 + 64, 256
-    x = Inputs(*(torch.randn(B, NH, T, D, device=DEVICE, dtype=torch.bfloat16) for _ in "qkv"),
-               *(torch.randn(B, NH, T, device=DEVICE) + shift for shift in (0, 3)))  # fmt: skip
-    assert x.q.numel() > 2**31
-    with torch.no_grad():
-        h, final = mlstm_limit_chunk(*x, return_state=True)
-        start = T - 2048
-        _, state = mlstm_limit_chunk(*(y[-1:, -1:, :start] for y in x), return_state=True)
-        h_end, final_end = mlstm_limit_chunk(*(y[-1:, -1:, start:] for y in x), initial_state=state, return_state=True)
-    assert torch.equal(h[-1:, -1:, start:], h_end)
-    assert all(torch.equal(y[-1:, -1:], z) for y, z in zip(final, final_end, strict=True))
+    properties.offsets_beyond_2_to_the_31(mlstm_limit_chunk)
 
 
 @ON_GPU
 def test_more_heads_than_a_grid_axis_may_have():
-    """CUDA allows 65,535 programs along the second axis of a grid."""
-    inputs, dh, state, dstate = properties.make(70_000, 1, 4, 8, 8, dtype=torch.float32)
-    whole = run_torch(mlstm_limit_chunk, inputs, dh, initial_state=state, dstate=dstate, chunk_size=16)
-    last = Inputs(*(x[-2:] for x in inputs)), dh[-2:]
-    states = {"initial_state": [x[-2:] for x in state], "dstate": [x[-2:] for x in dstate]}
-    for name, x in run_torch(mlstm_limit_chunk, *last, **states, chunk_size=16).items():
-        assert torch.equal(whole[name][-2:], x), name
+    properties.more_heads_than_a_grid_axis_may_have(mlstm_limit_chunk, chunk_size=16)
 
 
 BAD = [
@@ -233,11 +139,6 @@ def test_errors_name_the_argument(change, error, message):
     inputs = random_inputs(1, 2, 5, 3, 4, dtype=torch.float32, device=DEVICE)
     with pytest.raises(error, match=message):
         mlstm_limit_chunk(**(inputs._asdict() | change(inputs)))
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_cpu_tensor_without_the_interpreter_says_what_to_do():

@@ -1,12 +1,14 @@
 """Time and memory of the Triton forms on a GPU (`make bench`).
 
-    python -m tfla_lab.bench [--only mlstm_limit_chunk] [--T 2048 8192] [--chunk-size 64] [--output FILE]
+    python -m tfla_lab.bench [--only mlstm_tfla] [--T 2048 8192] [--chunk-size 64] [--output FILE]
+    python -m tfla_lab.bench --decode [--batch 1 64] [--output FILE]
 
 The setting of the paper: always 65,536 tokens, so the batch is 65,536 / T; 16 heads of d_qk = 128, d_hv = 256, in
 bfloat16. Before a configuration is timed, its first batch entry is compared with the chunkwise form in float64: h and
 the five gradients. A configuration that is wrong is reported with its error, not timed. Times are medians over many
-launches, in milliseconds; memory is the peak of forward + backward above the inputs and the gradient of h, in GiB. The
-card's own copy rate is measured beside them.
+launches, in milliseconds, of the whole call and of each of its kernels; memory is the peak of forward + backward above
+the inputs and the gradient of h, in GiB. The card's own copy rate is measured beside them. With --decode, the step for
+generation is timed instead, as it runs in a CUDA graph.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tfla_lab.check import budget, relative_error
+from tfla_lab.check import budget, relative_error, same_gauge, to_numpy
 from tfla_lab.forms import FORMS, has_gpu, run_torch
 from tfla_lab.inputs import Inputs
 from tfla_lab.record import describe_machine
@@ -45,6 +47,34 @@ def median_ms(function: Callable[[], object], *, seconds: float = 0.3) -> tuple[
         times.append(start.elapsed_time(end))
     quartiles = statistics.quantiles(times[warm_up:], n=4)
     return quartiles[1], quartiles[2] - quartiles[0]
+
+
+def kernel_ms(function: Callable[[], object], repeats: int = 15) -> dict[str, float]:
+    """Median run time of every Triton kernel that the function launches, in milliseconds, by name."""
+    import triton
+
+    events: dict[str, list[tuple]] = {}
+
+    def enter(launch) -> None:
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events.setdefault(launch.get()["name"].removesuffix("_kernel"), []).append(pair)
+        pair[0].record()
+
+    def leave(launch) -> None:
+        events[launch.get()["name"].removesuffix("_kernel")][-1][1].record()
+
+    hooks = triton.knobs.runtime
+    hooks.launch_enter_hook.add(enter)
+    hooks.launch_exit_hook.add(leave)
+    try:
+        for _ in range(repeats):
+            torch.cuda._sleep(2_000_000)  # a millisecond: the launches queue up, and no gap between them is measured
+            function()
+            torch.cuda.synchronize()
+    finally:
+        hooks.launch_enter_hook.remove(enter)
+        hooks.launch_exit_hook.remove(leave)
+    return {name: round(statistics.median(a.elapsed_time(b) for a, b in pairs), 4) for name, pairs in events.items()}
 
 
 def copy_rate() -> float:
@@ -74,9 +104,9 @@ def errors(function: Callable, inputs: Inputs, dh: torch.Tensor, **options) -> d
     return {name: relative_error(actual[name][:1], expected[name]) for name in ("h", "dq", "dk", "dv", "di", "df")}
 
 
-def measure(name: str, T: int, *, chunk_size: int, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -> dict:
+def measure(name: str, T: int, B: int, *, chunk_size: int, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -> dict:
     """One row of the results."""
-    function, B = FORMS[name].load(), TOKENS // T
+    function = FORMS[name].load()
     kind = str(dtype).removeprefix("torch.")
     row = {
         "kernel": name,
@@ -112,7 +142,43 @@ def measure(name: str, T: int, *, chunk_size: int, NH: int, DQK: int, DHV: int, 
     row["forward_ms"], row["forward_spread_ms"] = (round(x, 3) for x in forward)
     row["forward_backward_ms"], row["forward_backward_spread_ms"] = (round(x, 3) for x in both)
     row["memory_gib"] = round(peak / 2**30, 3)
+    row["kernels_ms"] = kernel_ms(forward_backward)
     return row
+
+
+def measure_decode(B: int, *, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -> dict:
+    """One row of the results of --decode: one step for B sequences."""
+    import triton
+    from mlstm_decode import mlstm_decode_step
+    from mlstm_recurrent import mlstm_step
+
+    inputs, _ = draw(B, NH, 2, DQK, DHV, dtype)
+    generator = torch.Generator("cuda").manual_seed(1)
+    shapes = (B, NH, DQK, DHV), (B, NH, DQK), (B, NH)
+    state = tuple(torch.randn(shape, device="cuda", generator=generator) for shape in shapes)
+    step = [x[:, :, 0] for x in inputs]
+    h, (C, n, m) = mlstm_decode_step(*step, state)
+    h_0, final = mlstm_step(*(to_numpy(x[:1]) for x in step), tuple(to_numpy(x[:1]) for x in state))
+    expected = {"h": h_0} | same_gauge(final, final[2])
+    actual = {"h": h[:1]} | same_gauge((C[:1], n[:1], m[:1]), final[2])
+    found = {name: relative_error(x, expected[name]) for name, x in actual.items()}
+    kind = str(dtype).removeprefix("torch.")
+    row = {"kernel": "mlstm_decode_step", "batch": B, "heads": NH, "d_qk": DQK, "d_hv": DHV, "dtype": kind}
+    row["errors"] = {tensor: float(f"{error:.2g}") for tensor, error in found.items()}
+    row["correct"] = all(error <= budget(tensor, kind) for tensor, error in found.items())
+    if row["correct"]:
+        milliseconds = triton.testing.do_bench_cudagraph(
+            lambda: mlstm_decode_step(*step, state), rep=200, return_mode="median"
+        )
+        moved = sum(2 * x.numel() * 4 for x in state) + sum(x.numel() * x.element_size() for x in (*step, h))
+        row["step_us"], row["tb_s"] = round(1000 * milliseconds, 2), round(moved / milliseconds / 1e9, 3)
+    return row
+
+
+def default_chunk_size(name: str) -> int:
+    """What a form takes if nothing is asked for."""
+    function = FORMS[name].load()
+    return function.__kwdefaults__["chunk_size"] or sys.modules[function.__module__].CHUNK_SIZE
 
 
 def table(rows: list[dict]) -> str:
@@ -126,30 +192,57 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def decode_table(result: dict) -> str:
+    """The result of --decode as a Markdown table."""
+    lines = ["| batch | time of a step | state and inputs moved at | of the copy rate |", "|--:|--:|--:|--:|"]
+    for row in result["rows"]:
+        numbers = "wrong: " + ", ".join(f"{n} {e}" for n, e in row["errors"].items())
+        if row["correct"]:
+            share = row["tb_s"] / result["copy_rate_tb_s"]
+            numbers = f"{row['step_us']:.1f} µs | {row['tb_s']:.2f} TB/s | {share:.0%}"
+        lines.append(f"| {row['batch']} | {numbers} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tfla_lab.bench", description=__doc__.split("\n")[0])
     triton_forms = [form.name for form in FORMS.values() if form.library == "triton"]
     parser.add_argument("--only", choices=triton_forms, action="append", help="may be given more than once")
-    parser.add_argument("--T", type=int, nargs="+", default=[2048, 8192, 32768, 65536], help="divisors of 65,536")
-    parser.add_argument("--chunk-size", type=int, nargs="+", default=[64])
+    parser.add_argument("--T", type=int, nargs="+", default=[2048, 8192, 32768, 65536])
+    parser.add_argument("--chunk-size", type=int, nargs="+", help="default: each form's own")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 65,536 / T; with --decode 1 .. 256")
+    parser.add_argument("--decode", action="store_true", help="time mlstm_decode_step instead")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dqk", type=int, default=128)
     parser.add_argument("--dhv", type=int, default=256)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     arguments = parser.parse_args(argv)
-    if any(T < 1 or TOKENS % T for T in arguments.T):
-        parser.error(f"argument --T: must divide {TOKENS}")
+    if not arguments.batch and any(T < 1 or TOKENS % T for T in arguments.T):
+        parser.error(f"argument --T: must divide {TOKENS}, or give --batch")
+    if arguments.batch and min(arguments.batch) < 1:
+        parser.error("argument --batch: must be at least 1")
     if not has_gpu():
         parser.error("no GPU here: there is nothing to time")
 
-    jobs = [(n, T, L) for n in arguments.only or triton_forms for L in arguments.chunk_size for T in arguments.T]
+    shape = {"NH": arguments.heads, "DQK": arguments.dqk, "DHV": arguments.dhv}
+    shape["dtype"] = getattr(torch, arguments.dtype)
     rows = []
-    for name, T, L in tqdm(jobs, unit="row"):
-        shape = {"NH": arguments.heads, "DQK": arguments.dqk, "DHV": arguments.dhv}
-        rows.append(measure(name, T, chunk_size=L, dtype=getattr(torch, arguments.dtype), **shape))
+    if arguments.decode:
+        rows = [measure_decode(B, **shape) for B in tqdm(arguments.batch or [1, 4, 16, 64, 256], unit="row")]
+    else:
+        names = arguments.only or triton_forms
+        jobs = [
+            (name, T, B, L)
+            for name in names
+            for L in arguments.chunk_size or [default_chunk_size(name)]
+            for T in arguments.T
+            for B in arguments.batch or [TOKENS // T]
+        ]
+        for name, T, B, L in tqdm(jobs, unit="row"):
+            rows.append(measure(name, T, B, chunk_size=L, **shape))
     result = describe_machine() | {"copy_rate_tb_s": round(copy_rate(), 3), "rows": rows}
-    print(table(rows))
+    print(decode_table(result) if arguments.decode else table(rows))
     print(f"copy rate {result['copy_rate_tb_s']} TB/s, {result['device']}, {result['date']}, {result['versions']}")
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
