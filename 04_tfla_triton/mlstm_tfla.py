@@ -1015,6 +1015,8 @@ def mlstm_tfla(
         chunk_size = CHUNK_SIZE
     elif type(chunk_size) is not int or chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be None or a power of two >= 16, got {chunk_size!r}")
+    if not isinstance(assume_norm, bool):
+        raise TypeError(f"assume_norm must be True or False, got {assume_norm!r}")
     C_0, n_0, m_0 = (None, None, None) if initial_state is None else initial_state
     h, C, n, m, *_ = forward_op(q, k, v, i, f, C_0, n_0, m_0, chunk_size, assume_norm)
     return (h, (C, n, m)) if return_state else h

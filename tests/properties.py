@@ -1,5 +1,6 @@
 """What every form of the mLSTM must satisfy, written once and used by the tests of each stage."""
 
+import json
 import os
 import subprocess
 import sys
@@ -408,3 +409,13 @@ def more_heads_than_a_grid_axis_may_have(function, **options) -> None:
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def compile_ahead_of_time(target: str, *files: str) -> dict:
+    """What tfla_lab.aot reports. All kernels must compile, and fit into the target's shared memory."""
+    arguments = ["--target", target, "--json", *(part for file in files for part in ("--file", file))]
+    result = run_python(f"import sys; from tfla_lab.aot import main; sys.exit(main({arguments}))", TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout)
+    assert all(row["shared"] <= row["limit"] for row in report["rows"])
+    return report

@@ -1,14 +1,16 @@
 """Compile the Triton kernels ahead of time, for GPUs that need not be there.
 
-    python -m tfla_lab.aot --target sm_90 [--verbose]
+    python -m tfla_lab.aot [--file mlstm_tfla] [--target sm_90] [--verbose | --json]
 
 runs the launchers of a kernel file on tensors without data, catches every launch, and compiles it for the target as the
 launch would have. So exactly what a user's call compiles is compiled, with the tiles that the launcher picks. Reported
 per kernel: shared memory against what the target has and, for NVIDIA, registers and the stack (bytes that spilled out
-of registers). Exit status 1 if one does not compile or needs too much shared memory.
+of registers). Exit status 1 if one does not compile or needs too much shared memory. shared/results/stage04_aot.json is
+what --json printed for the files of stage 04.
 """
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 # Shared memory per program in bytes.
@@ -81,25 +84,53 @@ def resource_usage(cubin: bytes) -> dict:
     return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
-def limit_chunk_launches(target: str, dtype: str, sizes=((128, 256), (16, 32)), chunk_sizes=(16, 32, 64, 128)):
-    """(label, launches) of mlstm_limit_chunk, forward and backward, for every chunk size and large and small tiles."""
-    import mlstm_limit_chunk as stage
+def tensors(dtype: str, DQK: int, DHV: int, shape: tuple[int, ...] = (2, 4, 1024)) -> tuple[list, list]:
+    """q, k, v, i, f, h and a state, without data."""
     import torch
 
-    stage.describe_gpu = lambda device: (TARGETS[target][0] == "hip", TARGETS[target][3])
-    for (DQK, DHV), L in ((size, L) for size in sizes for L in chunk_sizes):
-        B, NH, T = 2, 4, 1024
-        options = {"dtype": getattr(torch, dtype), "device": "meta"}
-        q, k, v, h = (torch.empty(B, NH, T, D, **options) for D in (DQK, DQK, DHV, DHV))
-        options["dtype"] = torch.float32
-        i, f = (torch.empty(B, NH, T, **options) for _ in range(2))
-        state = [torch.empty(*shape, **options) for shape in ((B, NH, DQK, DHV), (B, NH, DQK), (B, NH))]
+    def empty(*sizes: int, kind: str = "float32") -> torch.Tensor:
+        return torch.empty(*sizes, dtype=getattr(torch, kind), device="meta")
+
+    q, k, v, h = (empty(*shape, D, kind=dtype) for D in (DQK, DQK, DHV, DHV))
+    B, NH = shape[:2]
+    return [q, k, v, empty(*shape), empty(*shape), h], [empty(B, NH, DQK, DHV), empty(B, NH, DQK), empty(B, NH)]
+
+
+def mlstm_limit_chunk(stage, dtype: str):
+    """(label, launches), forward and backward, for every chunk size and large and small tiles."""
+    for DQK, DHV, L in ((*size, L) for size in ((128, 256), (16, 32)) for L in (16, 32, 64, 128)):
+        (*x, h), state = tensors(dtype, DQK, DHV)
         with catch_launches() as launches:
-            stage.launch_forward(q, k, v, i, f, None, None, None, L)
-            stage.launch_forward(q, k, v, i, f, *state, L)
-            stage.launch_backward(h, None, None, None, q, k, v, i, f, None, None, None, L)
-            stage.launch_backward(h, *state, q, k, v, i, f, *state, L)
+            for start in ((None,) * 3, state):
+                stage.launch_forward(*x, *start, L)
+                stage.launch_backward(h, *start, *x, *start, L)
         yield f"{dtype} {DQK}/{DHV} L={L}", launches
+
+
+def mlstm_tfla(stage, dtype: str):
+    """Likewise. The chunk size is no part of what is compiled, but no tile is larger than a chunk."""
+    sizes = [(128, 256, 256), (128, 256, 16), (16, 32, 16)]
+    if dtype == "bfloat16":  # the only one with larger tiles than 32 steps
+        sizes += [(128, 256, 64), (128, 256, 32), (16, 32, 256)]
+    for DQK, DHV, L in sizes:
+        (*x, h), state = tensors(dtype, DQK, DHV)
+        variants = [(state, False)] if L != 256 else [(state, False), (state, True), ((None,) * 3, False)]
+        with catch_launches() as launches:
+            for start, assume_norm in variants:
+                _, C_T, _, _, *saved = stage.launch_forward(*x, *start, L, assume_norm)
+                stage.launch_backward(h, *start, *x, *start, C_T, *saved, L, assume_norm)
+        yield f"{dtype} {DQK}/{DHV} L={L}", launches
+
+
+def mlstm_decode(stage, dtype: str):
+    for DQK, DHV in ((128, 256), (512, 512), (16, 32)):
+        (*x, _), state = tensors(dtype, DQK, DHV, (2, 4))
+        with catch_launches() as launches:
+            stage.launch_step(*x, *state)
+        yield f"{dtype} {DQK}/{DHV}", launches
+
+
+FILES = {function.__name__: function for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode)}
 
 
 class catch_launches:
@@ -126,21 +157,40 @@ class catch_launches:
         JITFunction.run = self.run
 
 
-def compile_dtype(target: str, dtype: str) -> list[dict]:
+def compile_dtype(file: str, target: str, dtype: str) -> list[dict]:
+    stage = importlib.import_module(file)
+    stage.describe_gpu = lambda device: (TARGETS[target][0] == "hip", TARGETS[target][3])
     rows = []
-    for label, launches in limit_chunk_launches(target, dtype):
+    for label, launches in FILES[file](stage, dtype):
         for launch in launches:
             try:
                 row = launch.compile(target)
                 row["error"] = "" if row["shared"] <= row["limit"] else "too much shared memory"
             except Exception as error:  # whatever the compiler raises is the result
                 row = {"kernel": launch.kernel.fn.__name__, "error": f"{type(error).__name__}: {error}"[:300]}
-            rows.append({"target": target, "configuration": label, **row})
+            rows.append({"file": file, "target": target, "configuration": label, **row})
     return rows
+
+
+def table(rows: list[dict], configuration: str) -> str:
+    """Registers, stack bytes and shared memory of one configuration as a Markdown table, a column per target."""
+    rows = [row for row in rows if row["configuration"] == configuration]
+    lines = ["| kernel | " + " | ".join(TARGETS) + " |", "|---|" + "--:|" * len(TARGETS)]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for target in TARGETS:
+            # Launches with and without a state, say, are compiled apart: the one that needs most counts.
+            found = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
+            most = {key: max(row[key] for row in found) for key in ("registers", "stack", "shared") if key in found[0]}
+            registers = f"{most['registers']} / {most['stack']} / " if "stack" in most else ""
+            cells.append(f"{registers}{most['shared'] / 1024:.0f} KB")
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tfla_lab.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--file", choices=FILES, action="append", help="may be given more than once; default: all")
     parser.add_argument("--target", choices=TARGETS, action="append", help="may be given more than once; default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="likewise")
     parser.add_argument("--verbose", action="store_true", help="print every kernel, not only what fails or spills")
@@ -150,12 +200,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("Triton's interpreter is on: unset TRITON_INTERPRET")
 
     # One process a job: some versions of the compiler end the whole process on some kernels.
-    jobs = [(t, d) for t in arguments.target or TARGETS for d in arguments.dtype or DTYPES]
+    jobs = [
+        (file, target, dtype)
+        for file in arguments.file or FILES
+        for target in arguments.target or TARGETS
+        for dtype in arguments.dtype or DTYPES
+    ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         rows = [row for result in pool.map(compile_dtype, *zip(*jobs, strict=True)) for row in result]
     bad = sum(1 for row in rows if row["error"])
     if arguments.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps({"triton": metadata.version("triton"), "rows": rows}, indent=1))
         return 1 if bad else 0
     for row in rows:
         if arguments.verbose or row["error"] or row.get("stack"):
