@@ -286,7 +286,7 @@ def states_kernel(
             offs_t = (c * L + offs_l).to(tl.int64)
             u, u_rest = load_two_parts(u_ptr, bh * T + offs_t, offs_t < T)
             w_end = end_weights(start, g_m, u, u_rest, offs_l)
-            k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32) * w_end[:, None]  # (L, BLOCK_DQK)
+            k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32) * w_end[:, None]
             v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_L, BLOCK_DHV)
             C = tl.dot(tl.trans(operand(k, DOT, PRECISION)), v, C, input_precision=PRECISION)
             n += tl.sum(k, axis=0)
@@ -388,12 +388,12 @@ def dq_kernel(
     twice:
 
       1.  dh . h = sum_j (Q K^T * Wr)_ij dP_ij + the state's part,    dP = dH V^T;
-          from it delta = -[|S| wins the max] sign(S) dh . h, the gradient of log D
+          from it delta = -[|S| wins the max] sign(S) dh . h
       2.  dq += ((dP + delta) * Wr) K
 
     dh . h is formed anew: from the h that was returned, which is rounded, delta would be wrong in its third digit. With
-    ASSUME_NORM it is taken to be 0, and so is delta. q . dq, summed without rounding, is dh . h, or exactly 0 where |S|
-    wins the max, since h then does not depend on the length of q.
+    ASSUME_NORM, delta is taken to be 0, and the first sweep forms dq as well. q . dq, summed without rounding, is
+    dh . h, or exactly 0 where |S| wins the max and delta is there, since h then does not depend on the length of q.
 
     For the kernels that follow: w_row = log(s r) + b - m in two parts, w_read = s * r * w_state, delta, q . dq.
     """
@@ -426,47 +426,28 @@ def dq_kernel(
     dq = add_other_tiles(
         dq, dh_ptr, C_ptr, offs_ti, offs_k, stride_gt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
     )
-    delta = tl.zeros((BLOCK_LQ,), dtype=tl.float32)
-    q_dq = tl.zeros((BLOCK_LQ,), dtype=tl.float32)
-    if not ASSUME_NORM:
-        dh_h = tl.sum(q.to(tl.float32) * dq, axis=1)
-        for other in range(1, TILES_K):
-            offs_d = (tile_k + other) % TILES_K * BLOCK_DQK + tl.arange(0, BLOCK_DQK)
-            q_d = load_tile(q_ptr, offs_ti, offs_d, stride_qt, T, DQK).to(tl.float32)
-            C = load_tile(C_ptr, offs_d, offs_v, DHV, DQK, DHV)
-            C_dh = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), input_precision=PRECISION)
-            C_dh = add_other_tiles(
-                C_dh, dh_ptr, C_ptr, offs_ti, offs_d, stride_gt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
-            )
-            dh_h += tl.sum(q_d * C_dh, axis=1)
-        dh_h *= w_read
+    dh_h = tl.sum(q.to(tl.float32) * dq, axis=1)
+    for other in range(1, TILES_K):
+        offs_d = (tile_k + other) % TILES_K * BLOCK_DQK + tl.arange(0, BLOCK_DQK)
+        q_d = load_tile(q_ptr, offs_ti, offs_d, stride_qt, T, DQK).to(tl.float32)
+        C = load_tile(C_ptr, offs_d, offs_v, DHV, DQK, DHV)
+        C_dh = tl.dot(dh, tl.trans(operand(C, DOT, PRECISION)), input_precision=PRECISION)
+        C_dh = add_other_tiles(
+            C_dh, dh_ptr, C_ptr, offs_ti, offs_d, stride_gt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
+        )
+        dh_h += tl.sum(q_d * C_dh, axis=1)
+    dq, dh_h = dq * w_read[:, None], dh_h * w_read
 
-        for first in range(0, tile * BLOCK_LQ - c * L + BLOCK_LQ, BLOCK_LKV):
-            offs_j = first + tl.arange(0, BLOCK_LKV)
-            offs_tj = (c * L + offs_j).to(tl.int64)
-            k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
-            scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
-            scores = add_other_tiles(
-                scores, q_ptr, k_ptr, offs_ti, offs_tj, stride_qt, stride_kt, T, T, DQK, tile_k,
-                TILES_K, BLOCK_DQK, DOT, PRECISION,
-            )  # fmt: skip
-            v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
-            dP = tl.dot(dh, tl.trans(v), input_precision=PRECISION)
-            dP = add_other_tiles(
-                dP, dh_ptr, v_ptr, offs_ti, offs_tj, stride_gt, stride_vt, T, T, DHV, 0,
-                TILES_V, BLOCK_DHV, DOT, PRECISION,
-            )  # fmt: skip
-            u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
-            W = gate_weights(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)  # (BLOCK_LQ, BLOCK_LKV)
-            dh_h += tl.sum(scores * W * dP, axis=1)
-        delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -dh_h, dh_h), 0.0)
-        q_dq = tl.where(tl.abs(S) > floor, 0.0, dh_h)
-
-    n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
-    dq = (dq + delta[:, None] * n[None, :]) * w_read[:, None]
+    # First sweep: dh . h, and with it delta
     for first in range(0, tile * BLOCK_LQ - c * L + BLOCK_LQ, BLOCK_LKV):
         offs_j = first + tl.arange(0, BLOCK_LKV)
         offs_tj = (c * L + offs_j).to(tl.int64)
+        k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
+        scores = tl.dot(q.to(DOT), tl.trans(k), input_precision=PRECISION)
+        scores = add_other_tiles(
+            scores, q_ptr, k_ptr, offs_ti, offs_tj, stride_qt, stride_kt, T, T, DQK, tile_k,
+            TILES_K, BLOCK_DQK, DOT, PRECISION,
+        )  # fmt: skip
         v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
         dP = tl.dot(dh, tl.trans(v), input_precision=PRECISION)
         dP = add_other_tiles(
@@ -474,9 +455,31 @@ def dq_kernel(
             TILES_V, BLOCK_DHV, DOT, PRECISION,
         )  # fmt: skip
         u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
-        dP = (dP + delta[:, None]) * gate_weights(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)
-        k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
-        dq = tl.dot(operand(dP, DOT, PRECISION), k, dq, input_precision=PRECISION)
+        dP *= gate_weights(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)  # (BLOCK_LQ, BLOCK_LKV)
+        dh_h += tl.sum(scores * dP, axis=1)
+        if ASSUME_NORM:
+            dq = tl.dot(operand(dP, DOT, PRECISION), k, dq, input_precision=PRECISION)
+
+    # Second sweep: dq
+    delta, q_dq = dh_h * 0.0, dh_h
+    if not ASSUME_NORM:
+        delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -dh_h, dh_h), 0.0)
+        q_dq = tl.where(tl.abs(S) > floor, 0.0, dh_h)
+        n = tl.load(n_ptr + offs_k, mask=offs_k < DQK, other=0.0)
+        dq += (delta * w_read)[:, None] * n[None, :]
+        for first in range(0, tile * BLOCK_LQ - c * L + BLOCK_LQ, BLOCK_LKV):
+            offs_j = first + tl.arange(0, BLOCK_LKV)
+            offs_tj = (c * L + offs_j).to(tl.int64)
+            v = load_tile(v_ptr, offs_tj, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_LKV, BLOCK_DHV)
+            dP = tl.dot(dh, tl.trans(v), input_precision=PRECISION)
+            dP = add_other_tiles(
+                dP, dh_ptr, v_ptr, offs_ti, offs_tj, stride_gt, stride_vt, T, T, DHV, 0,
+                TILES_V, BLOCK_DHV, DOT, PRECISION,
+            )  # fmt: skip
+            u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
+            dP = (dP + delta[:, None]) * gate_weights(start, w_row, w_row_rest, u, u_rest, offs_i, offs_j)
+            k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(DOT)  # (BLOCK_LKV, BLOCK_DQK)
+            dq = tl.dot(operand(dP, DOT, PRECISION), k, dq, input_precision=PRECISION)
 
     store_tile(dq_ptr, dq, offs_ti, offs_k, stride_dt, T, DQK)
     if tile_k == 0:
@@ -998,9 +1001,10 @@ def mlstm_tfla(
         initial_state: (C, n, m), (B, NH, DQK, DHV), (B, NH, DQK), (B, NH), float32; None is the empty memory,
             C = 0, n = 0, m = 0.
         return_state: also return the state after the last step, in float32.
-        assume_norm: leave the normalizer's gradient out. That is right only if nothing but a norm without eps that
-            ignores the scale of its input (RMSNorm, LayerNorm over each head) reads h: then dh . h = 0 at every step,
-            and so is that gradient. It saves a matrix product. Otherwise dq, dk, di and df are wrong.
+        assume_norm: leave the normalizer's gradient out, which saves a third of the work for dq. It is right only where
+            that gradient, dh . h at the steps where |n . s q| > e^(-m), vanishes: if nothing but a norm that ignores
+            the scale of its input (RMSNorm or LayerNorm over each head, with an eps far below h's own size) reads h.
+            Otherwise dq, dk, di and df are wrong. dv is right in any case.
 
     Returns:
         h, (B, NH, T, DHV) in the dtype and memory layout of v; with return_state the pair (h, (C, n, m)).

@@ -13,7 +13,7 @@ import mutants
 from mlstm_decode import mlstm_decode_step
 from mlstm_recurrent import mlstm_step
 from mlstm_tfla import mlstm_tfla
-from properties import DEVICE, INTERPRETED, TRITON_DTYPES, run_python
+from properties import DEVICE, TRITON_DTYPES, run_python
 from tfla_lab.check import check, relative_error, same_gauge, to_numpy
 from tfla_lab.inputs import REGIMES, Inputs
 
@@ -190,12 +190,10 @@ MUTANTS = [
     ("S += tl.sum(q * n, axis=0)", "S = tl.sum(q * n, axis=0)"),
     ("tl.maximum(tl.abs(S), tl.exp(-tl.minimum(m_next, M_CAP)))", "tl.abs(S)"),
     ("tl.maximum(tl.abs(S), tl.exp(-tl.minimum(m_next, M_CAP)))", "tl.maximum(tl.abs(S), 1.0)"),
-    ("mask = mask_k[:, None] & (offs_v[None, :] < DHV)", "mask = mask_k[:, None] & (offs_v[None, :] >= 0)"),
+    (".to(tl.float32) * s", ".to(tl.float32)"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new"), MUTANTS)
 def test_mutants_are_noticed(old, new, tmp_path):
-    if "offs_v[None, :] >= 0" in new and not INTERPRETED:
-        pytest.skip("writes outside of the tensors: on a GPU that can end the whole process")
     mutants.assert_noticed(suite, mutants.load_mutant("04_tfla_triton/mlstm_decode.py", old, new, tmp_path))

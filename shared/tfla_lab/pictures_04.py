@@ -32,7 +32,7 @@ def backward_tiles(ax: Axes, L: int, rows: int, columns: int, own: int, *, of_ro
         colour = (plot.SKY if cut else plot.BLUE) if visited else "#FFFFFF" if j >= i + rows else plot.PALE
         ax.add_patch(Rectangle((j, i), columns, rows, facecolor=colour, edgecolor=plot.GREY, linewidth=0.6))
         if visited:
-            place = j + 0.3 * columns, i + 0.7 * rows  # below the diagonal
+            place = j + 0.18 * columns, i + 0.75 * rows  # below the diagonal
             ax.text(*place, str(number + 1), ha="center", va="center", color="black" if cut else "white")
     start, length = (own * rows, rows) if of_rows else (own * columns, columns)
     bar = (-0.06 * L, start, 0.04 * L, length) if of_rows else (start, -0.06 * L, length, 0.04 * L)
@@ -85,19 +85,19 @@ def tile_owners(square: Axes, outputs: Axes, T: int, L: int, rows: int, columns:
         L, rows, columns: steps in a chunk, in a row tile, in a column tile.
         tiles: of the head dimension. Programs with the same row tile stand side by side.
     """
-    programs = [
-        f"{tile * tiles} .. {tile * tiles + tiles - 1}" if tiles > 1 else f"{tile}" for tile in range(T // rows)
-    ]
+    numbers = [range(tile * tiles, tile * tiles + tiles) for tile in range(T // rows)]
+    programs = [", ".join(map(str, own)) if tiles < 3 else f"{own[0]} .. {own[-1]}" for own in numbers]
     for tile, name in enumerate(programs):
         top, chunk = tile * rows, tile * rows // L * L
         style = {"facecolor": plot.COLOURS[top % L // rows % 6], "edgecolor": "white"}
+        centred = {"ha": "center", "va": "center", "color": "black" if top % L // rows % 6 > 2 else "white"}
         for left in range(chunk, top + rows, columns):
             square.add_patch(Rectangle((left, top), columns, rows, **style))
-            square.text(left + columns / 2, top + rows / 2, name, ha="center", va="center", fontsize=8)
+            square.text(left + columns / 2, top + rows / 2, name, **centred)
         square.add_patch(Rectangle((0, top), chunk, rows, linewidth=0, **plot.STATES))
         for column in range(tiles):
             outputs.add_patch(Rectangle((column, top), 1, rows, **style))
-            outputs.text(column + 0.5, top + rows / 2, str(tile * tiles + column), ha="center", va="center")
+            outputs.text(column + 0.5, top + rows / 2, str(tile * tiles + column), **centred)
     for ax, width in ((square, T), (outputs, tiles)):
         ax.hlines(range(L, T, L), 0, width, color=plot.BLACK, linewidth=1.2)
         ax.set(xlim=(0, width), ylim=(T, 0), yticks=range(0, T + 1, rows))
