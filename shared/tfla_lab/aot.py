@@ -210,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [row for result in pool.map(compile_dtype, *zip(*jobs, strict=True)) for row in result]
     bad = sum(1 for row in rows if row["error"])
     if arguments.json:
-        print(json.dumps({"triton": metadata.version("triton"), "rows": rows}, indent=1))
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        print(f'{{"triton": "{metadata.version("triton")}", "rows": [\n{lines}\n]}}')
         return 1 if bad else 0
     for row in rows:
         if arguments.verbose or row["error"] or row.get("stack"):

@@ -430,24 +430,36 @@ def _panel_parallel(ax: Axes) -> None:
     ax.add_collection(PolyCollection(boxes, array=-distance, cmap=HEAT, edgecolor="white", linewidth=0.4))
 
 
-def _panel_chunkwise(ax: Axes) -> None:
+def _panel_chunkwise(ax: Axes, chunk: int = CHUNK) -> None:
     """Squares on the diagonal, and states that are handed from chunk to chunk."""
     _square(ax)
-    for start in range(0, STEPS, CHUNK):
-        boxes, distance = _cells(start, start + CHUNK)
+    for start in range(0, STEPS, chunk):
+        boxes, distance = _cells(start, start + chunk)
         cells = PolyCollection(boxes, array=-distance, cmap=HEAT, edgecolor="white", linewidth=0.4)
         cells.set_clim(1 - STEPS, 0)
         ax.add_collection(cells)
-        ax.add_patch(Rectangle((start, start), CHUNK, CHUNK, fill=False, linewidth=1.2, zorder=4))
+        ax.add_patch(Rectangle((start, start), chunk, chunk, fill=False, linewidth=1.2, zorder=4))
         if start:
-            ax.add_patch(Polygon(_box(0, start, start, start + CHUNK), linewidth=0, **STATES))
-            ax.add_patch(Rectangle((0, start), start, CHUNK, facecolor="none", edgecolor=GREY, linewidth=0.8))
+            ax.add_patch(Polygon(_box(0, start, start, start + chunk), linewidth=0, **STATES))
+            ax.add_patch(Rectangle((0, start), start, chunk, facecolor="none", edgecolor=GREY, linewidth=0.8))
             ax.plot(start, start, "o", color=VERMILION, markersize=9, markeredgecolor="white", zorder=6)
-            name = f"$C_{start // CHUNK}$"
+            name = f"$C_{start // chunk}$"
             ax.text(start + 0.55, start - 0.75, name, ha="left", va="center", fontsize=10, color=VERMILION)
-    for start in range(CHUNK, STEPS - CHUNK, CHUNK):
-        stop = start + CHUNK
+    for start in range(chunk, STEPS - chunk, chunk):
+        stop = start + chunk
         _arrow(ax, (start + 0.3, start - 0.25), (stop - 0.1, stop - 0.45), VERMILION, connectionstyle="arc3,rad=-0.45")
+
+
+def _panel_tfla(ax: Axes) -> None:
+    """Chunks too large for one program, cut into tiles; the tiles of one program are marked."""
+    chunk, tile = 6, 2
+    _panel_chunkwise(ax, chunk)
+    for start in range(0, STEPS, chunk):
+        for row in range(start, start + chunk, tile):
+            for column in range(start, row + tile, tile):
+                ax.add_patch(Rectangle((column, row), tile, tile, fill=False, linewidth=0.8, zorder=4))
+    row = STEPS - tile
+    ax.add_patch(Rectangle((0, row), STEPS, tile, fill=False, edgecolor=BLUE, linewidth=2.2, zorder=7))
 
 
 # stage: (title, caption, width in the units of HEIGHT, what draws it)
@@ -455,10 +467,11 @@ PANELS: dict[str, tuple[str, str, float, Callable[[Axes], None]]] = {
     "01": ("01 recurrent", "one step after the other", 18.6, _panel_recurrent),
     "02": ("02 parallel", "all $T × T$ weights at once", HEIGHT, _panel_parallel),
     "03": ("03 chunkwise", "chunks, and states between", HEIGHT, _panel_chunkwise),
+    "04": ("04 TFLA", "large chunks, cut into tiles", HEIGHT, _panel_tfla),
 }
 
 
-def five_forms(path: str | Path | None = None, *, stages: Sequence[str] = ("01", "02", "03")) -> Figure:
+def five_forms(path: str | Path | None = None, *, stages: Sequence[str] = tuple(PANELS)) -> Figure:
     """The one picture of the README: one computation in five forms, a panel for each of the given stages.
 
     Args:
