@@ -780,6 +780,13 @@ TILES_BFLOAT16 = {
     "dk": (64, 64, 128, 256, 4, 1),
     "dv": (64, 128, 128, 256, 8, 2),
 }
+# The same for heads that do not fit into one of those tiles.
+TILES_WIDE = {
+    "h": (64, 64, 128, 128, 4, 1),
+    "dq": (64, 64, 64, 128, 4, 1),
+    "dk": (64, 64, 128, 128, 4, 1),
+    "dv": (64, 64, 128, 128, 4, 1),
+}
 
 
 def launch_options(kernel: str, q: Tensor, v: Tensor, L: int) -> dict:
@@ -792,7 +799,9 @@ def launch_options(kernel: str, q: Tensor, v: Tensor, L: int) -> dict:
     else:
         precision = "tf32" if q.dtype == torch.float16 else "tf32x3"
     if bfloat16 and shared_memory > 200_000:
-        rows, columns, block_k, block_v, num_warps, num_stages = TILES_BFLOAT16[kernel]
+        wide = kernel in TILES_WIDE and (DQK > 128 or DHV > 256)
+        tile = TILES_WIDE[kernel] if wide else TILES_BFLOAT16[kernel]
+        rows, columns, block_k, block_v, num_warps, num_stages = tile
     else:
         # Three TF32 products instead of one keep three times as much in registers.
         rows = columns = 32
