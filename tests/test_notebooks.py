@@ -25,7 +25,8 @@ def text_outputs(cell) -> str:
     for output in cell.outputs:
         assert output.output_type != "error", output
         assert output.get("name") != "stderr", output
-        parts.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+        data = output.get("data", {})
+        parts.append(output.get("text") or data.get("text/markdown") or data.get("text/plain", ""))
     text = re.sub(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf\b", "#", "".join(parts))
     return re.sub(r"\s+|-{3,}", " ", text).strip()
 

@@ -22,7 +22,7 @@ BLOCKS = [
 @pytest.mark.parametrize(("readme", "block"), BLOCKS)
 def test_python_blocks_run_beside_copied_files(readme, block, tmp_path):
     """In an empty folder with the stage's kernel files copied into it (all stages' for the top README)."""
-    if "limit_chunk" in block:
+    if any(name in block for name in ("limit_chunk", "tfla", "decode")):
         pytest.importorskip("triton", reason="Triton has no wheels for this system")
     folder = readme.parent
     for file in folder.glob("0*/*.py") if folder == ROOT else folder.glob("*.py"):
@@ -54,13 +54,33 @@ def test_line_counts_in_the_table():
         assert len((ROOT / path).read_text().splitlines()) == int(count), path
 
 
-def test_result_tables_equal_the_result_files():
+def load(name: str) -> dict:
+    return json.loads((ROOT / "shared/results" / name).read_text())
+
+
+@pytest.mark.parametrize(("stage", "files"), [
+    ("03_chunkwise", ["stage03_h200.json", "stage03_h200_chunks.json"]),
+    ("04_tfla_triton", ["stage04_h200.json", "stage04_h200_chunks.json", "stage04_h200_lengths.json"]),
+])  # fmt: skip
+def test_result_tables_equal_the_result_files(stage, files):
     """Every number in a results table stands in the JSON file that the README names."""
     from tfla_lab.bench import table
 
-    readme = (ROOT / "03_chunkwise/README.md").read_text()
-    result = json.loads((ROOT / "shared/results/stage03_h200.json").read_text())
-    assert table(result["rows"]) in readme
-    assert result["device"] in readme
-    for package in ("torch", "triton"):
-        assert f"{package} {result['versions'][package].partition('+')[0]}" in readme.lower()
+    readme = (ROOT / stage / "README.md").read_text()
+    for name in files:
+        result = load(name)
+        assert table(result["rows"]) in readme, name
+        assert result["device"] in readme
+        for package in ("torch", "triton"):
+            assert f"{package} {result['versions'][package].partition('+')[0]}" in readme.lower()
+
+
+def test_tables_of_decoding_and_of_compilation():
+    from tfla_lab.aot import table
+    from tfla_lab.bench import decode_table
+
+    readme = (ROOT / "04_tfla_triton/README.md").read_text()
+    assert decode_table(load("stage04_h200_decode.json")) in readme
+    compiled = load("stage04_aot.json")
+    assert table(compiled["rows"], "bfloat16 128/256 L=256") in readme
+    assert f"Triton {compiled['triton']}" in readme

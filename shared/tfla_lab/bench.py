@@ -178,10 +178,10 @@ def measure_decode(B: int, *, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -
     return row
 
 
-def default_chunk_size(name: str) -> int:
+def default_chunk_size(name: str, DQK: int, DHV: int) -> int:
     """What a form takes if nothing is asked for."""
     function = FORMS[name].load()
-    return function.__kwdefaults__["chunk_size"] or sys.modules[function.__module__].CHUNK_SIZE
+    return function.__kwdefaults__["chunk_size"] or sys.modules[function.__module__].default_chunk_size(DQK, DHV)
 
 
 def table(rows: list[dict]) -> str:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = [
             (name, T, B, L)
             for name in names
-            for L in arguments.chunk_size or [default_chunk_size(name)]
+            for L in arguments.chunk_size or [default_chunk_size(name, arguments.dqk, arguments.dhv)]
             for T in arguments.T
             for B in arguments.batch or [TOKENS // T]
         ]
