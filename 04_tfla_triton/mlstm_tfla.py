@@ -37,8 +37,6 @@ as TF32 (float16's digits with the range that products with gate weights need), 
 Copy this file: it needs torch and triton.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -828,6 +826,7 @@ def launch_options(kernel: str, q: Tensor, v: Tensor, L: int) -> dict:
     return o | {"BLOCK_LQ": min(rows, L), "BLOCK_LKV": min(columns, L)}
 
 
+# same as 03_chunkwise/mlstm_limit_chunk.py::tiles
 def tiles(o: dict) -> tuple[int, int]:
     """How many tiles the head dimensions are cut into."""
     return triton.cdiv(o["DQK"], o["BLOCK_DQK"]), triton.cdiv(o["DHV"], o["BLOCK_DHV"])
@@ -906,7 +905,8 @@ def launch_backward(
         ASSUME_NORM=assume_norm, **o,
     )  # fmt: skip
     o = launch_options("dstates", q, v, L)
-    tiles_C = math.prod(tiles(o))
+    tiles_k, tiles_v = tiles(o)
+    tiles_C = tiles_k * tiles_v
     dC, dn, carry = torch.empty_like(C), torch.empty_like(n), empty(tiles_C, B, NH, NC)
     dstates_kernel[(B * NH, tiles_C)](
         q, dh, start, b, m_intra, w_read, delta, C, n, m, *dstate[:2], dC, dn, carry, dC_0, dn_0,
@@ -1017,10 +1017,10 @@ def mlstm_tfla(
         initial_state: (C, n, m), (B, NH, DQK, DHV), (B, NH, DQK), (B, NH), float32; None is the empty memory,
             C = 0, n = 0, m = 0.
         return_state: also return the state after the last step, in float32.
-        assume_norm: leave the normalizer's gradient out, which saves a quarter of the time for dq. It is right only where
-            that gradient, dh . h at the steps where |n . s q| > e^(-m), vanishes: if nothing but a norm that ignores
-            the scale of its input (RMSNorm or LayerNorm over each head, with an eps far below h's own size) reads h.
-            Otherwise dq, dk, di and df are wrong. dv is right in any case.
+        assume_norm: leave the normalizer's gradient out, which saves a quarter of the time for dq. That is right only
+            where this gradient, dh . h at the steps at which |n . s q| > e^(-m), vanishes: if nothing reads h but a
+            norm that ignores the scale of its input (RMSNorm or LayerNorm over each head, with an eps far below h's
+            own mean square). Otherwise dq, dk, di and df are wrong. dv is right in any case.
 
     Returns:
         h, (B, NH, T, DHV) in the dtype and memory layout of v; with return_state the pair (h, (C, n, m)).

@@ -25,16 +25,20 @@ q, k, v = rng.normal(size=(3, 1, 2, 40, 8)).astype(np.float32)
 i, f = rng.normal(size=(2, 1, 2, 40)).astype(np.float32)
 import {name} as module
 assert Path(module.__file__).parent == Path.cwd(), module.__file__
-function = getattr(module, {name!r})
-if "torch" in vars(module):
+if {name!r} == "mlstm_decode":
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    h, state = module.mlstm_decode_step(*(torch.from_numpy(a[:, :, 0].copy()).to(device) for a in (q, k, v, i, f)))
+    h = h[:, :, None].expand(1, 2, 40, 8)
+elif "torch" in vars(module):
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = [torch.from_numpy(a).to(device).requires_grad_() for a in (q, k, v, i, f)]
-    h, state = function(*x, return_state=True)
+    h, state = getattr(module, {name!r})(*x, return_state=True)
     h.sum().backward()
     assert all(torch.isfinite(a.grad).all() for a in x)
 else:
-    h, state = function(q, k, v, i, f, return_state=True)
+    h, state = getattr(module, {name!r})(q, k, v, i, f, return_state=True)
 assert h.shape == (1, 2, 40, 8) and len(state) == 3
 ours = [m for m in sys.modules if m.startswith(("mlstm", "tfla"))]
 assert ours == [{name!r}], ours
