@@ -35,7 +35,7 @@ def describe_machine() -> dict:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
         "versions": versions,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": git.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown"),
+        "commit": os.environ.get("GIT_COMMIT") or git.stdout.strip() or "unknown",
     }
 
 
