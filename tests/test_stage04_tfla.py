@@ -6,7 +6,7 @@ from pathlib import Path
 import properties
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 
 pytest.importorskip("triton", reason="Triton has no wheels for this system")
 
@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parents[1] / "shared/results"
 # ---------------------------------------------------------------------------------------------------------------------
 # Equal to the stages before
 # ---------------------------------------------------------------------------------------------------------------------
+@settings(max_examples=10 if INTERPRETED else 60)  # a case takes seconds in the interpreter
 @given(properties.cases(TRITON_DTYPES, max_T=150, max_D=40, chunk_sizes=(16, 32, 64, 128, 1024)))
 @example({"B": 1, "NH": 1, "T": 1, "DQK": 1, "DHV": 1, "regime": "typical", "with_state": True, "dtype": torch.float32,
           "layout": "BHTD", "seed": 0, "chunk_size": 16})  # fmt: skip
@@ -59,10 +60,10 @@ def test_equals_the_chunkwise_form_at_full_size(DQK, DHV, chunk_size, dtype, reg
 
 def test_the_chunk_size_changes_nothing():
     """Also where a chunk has more steps than the sequence."""
-    inputs, dh, state, dstate = properties.make(1, 2, 100, 24, 40, dtype=torch.float32)
+    inputs, dh, state, dstate = properties.make(1, 1, 100, 24, 40, dtype=torch.float32)
     results = [
         run_torch(mlstm_tfla, inputs, dh, initial_state=state, dstate=dstate, chunk_size=L)
-        for L in (16, 64, 128, 4096, 2**20)
+        for L in (32, 128, 4096, 2**20)
     ]
     for result in results[1:]:
         properties.compare_with(inputs, dh, results[0], result, torch.float32, state=state, dstate=dstate)
@@ -276,9 +277,8 @@ def test_compiles_ahead_of_time(target):
     recorded = json.loads((RESULTS / "stage04_aot.json").read_text())
     if recorded["triton"] != triton.__version__:
         pytest.skip(f"compiled; the record is of Triton {recorded['triton']}, and this is {triton.__version__}")
-    assert report["rows"] == [row for row in recorded["rows"] if row["target"] == target], (
-        "make the record anew: see tfla_lab/aot.py"
-    )
+    as_recorded = report["rows"] == [row for row in recorded["rows"] if row["target"] == target]
+    assert as_recorded, "make the record anew: see tfla_lab/aot.py"
     if target == "sm_90":  # the tuned configuration keeps its tiles in registers
         tuned = [row for row in report["rows"] if row["configuration"] == "bfloat16 128/256 L=256"]
         assert all(row["stack"] <= 48 for row in tuned), tuned
