@@ -858,10 +858,11 @@ def launch_forward(
 ]:  # fmt: skip
     """h, the final state, and what the backward pass will need."""
     (B, NH, T, DQK), NC = q.shape, triton.cdiv(q.shape[2], L)
-    h, (C_T, n_T, m_T), state = torch.empty_like(v), _empty_state(q, v), contiguous_state(C_0, n_0, m_0)
+    h, state = torch.empty_like(v), contiguous_state(C_0, n_0, m_0)
+    C_T = torch.empty(B, NH, DQK, v.shape[-1], dtype=torch.float32, device=q.device)
     saved = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v, L)]
     if h.numel() == 0:
-        return h, *((C_T, n_T, m_T) if C_0 is None else [x.clone() for x in state]), *saved
+        return h, *(_empty_state(q, v) if C_0 is None else [x.clone() for x in state]), *saved
     *gates, S, C, n, m = saved
     gates_kernel[(NC * B * NH,)](i, f, *gates, *i.stride(), *f.stride(), T, NC, NH, L, min(L, 256), num_warps=1)
     o = launch_options("states", q, v, L)

@@ -109,14 +109,13 @@ def mlstm_limit_chunk(stage, dtype: str):
 
 def mlstm_tfla(stage, dtype: str):
     """Likewise. The chunk size is no part of what is compiled, but no tile is larger than a chunk."""
-    sizes, all_variants = [(128, 256, 256), (16, 32, 16)], []
+    sizes = [(128, 256, 256), (16, 32, 16)]
     if dtype == "bfloat16":  # the only one with several tables of tiles, and tiles of more than 32 steps
         sizes += [(128, 256, 64), (128, 256, 32), (128, 256, 16), (16, 32, 256), (512, 512, 256)]
-        all_variants = [(128, 256, 256)]
     for DQK, DHV, L in sizes:
         (*x, h), state = tensors(dtype, DQK, DHV)
         variants = [(state, False)]
-        if (DQK, DHV, L) in all_variants:
+        if (dtype, DQK, L) == ("bfloat16", 128, 256):
             variants += [(state, True), ((None,) * 3, False)]
         with catch_launches() as launches:
             for start, assume_norm in variants:
