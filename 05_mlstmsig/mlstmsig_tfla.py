@@ -665,12 +665,12 @@ def default_chunk_size(DQK: int, DHV: int) -> int:
 # What a program holds at once, kernel by kernel: steps (rows, columns), columns of q and k, columns of v, num_warps,
 # num_stages. Chosen on an H200 at head dimensions 128 and 256, among what the compiler fits into registers.
 TILES_BFLOAT16 = {
-    "states": (64, 64, 64, 128, 4, 3),
+    "states": (64, 64, 128, 128, 4, 2),
     "h": (128, 64, 128, 256, 8, 2),
     "dq": (64, 64, 128, 256, 4, 1),
-    "dstates": (64, 64, 64, 128, 4, 3),
+    "dstates": (128, 64, 64, 128, 4, 2),
     "dk": (64, 64, 128, 256, 4, 1),
-    "dv": (64, 128, 128, 256, 8, 2),
+    "dv": (32, 128, 128, 256, 8, 3),
 }
 # The same for heads that do not fit into one of those tiles.
 TILES_WIDE = {
