@@ -1,4 +1,7 @@
-"""What every form of the mLSTM must satisfy, written once and used by the tests of each stage."""
+"""What every form of the mLSTM must satisfy, written once and used by the tests of each stage.
+
+`cell` says which mLSTM a form computes, "exp" (stages 01 to 04) or "sig" (stage 05): their states have other parts.
+"""
 
 import json
 import os
@@ -11,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from mlstm_chunkwise import mlstm_chunkwise
+from mlstmsig_reference import gate_weights, mlstmsig_chunkwise
 from tfla_lab.check import TINIEST, budget, check, same_gauge, to_numpy
-from tfla_lab.forms import oracle, run_torch
+from tfla_lab.forms import STATE, oracle, run_torch
 from tfla_lab.inputs import REGIMES, Inputs, random_inputs, random_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GRADIENTS = ("dq", "dk", "dv", "di", "df")
 FLOATS = [torch.float64, torch.float32]
 # Triton's interpreter computes nonsense with bfloat16, so that dtype needs a GPU.
 TRITON_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -51,20 +56,27 @@ def cases(draw, dtypes, *, max_T=80, max_D=24, regimes=tuple(REGIMES), chunk_siz
     }
 
 
-def make(B, NH, T, DQK, DHV, *, regime="typical", with_state=True, dtype=torch.float64, layout="BHTD", seed=0):
+CHUNKWISE = {"exp": mlstm_chunkwise, "sig": mlstmsig_chunkwise}
+
+
+def make(
+    B, NH, T, DQK, DHV, *, regime="typical", with_state=True, dtype=torch.float64, layout="BHTD", seed=0, cell="exp"
+):
     """inputs, dh, initial_state, dstate on the test device."""
     inputs = random_inputs(B, NH, T, DQK, DHV, regime=regime, seed=seed, dtype=dtype, device=DEVICE, layout=layout)
     dh = random_inputs(B, NH, T, DQK, DHV, seed=seed + 1, dtype=dtype, device=DEVICE, layout=layout).v
     if not with_state:
         return inputs, dh, None, None
     state, dstate = (random_state(B, NH, DQK, DHV, seed=seed + j, dtype=dtype, device=DEVICE) for j in (2, 3))
+    if cell == "sig":
+        return inputs, dh, state[:1], dstate[:1]
     if regime == "saturated":
         # -1e4 + m_0 must be a float32, or the returned m cannot say what the state is to more than 3 digits.
         state = (*state[:2], state[2].round())
     return inputs, dh, state, dstate
 
 
-def summands(inputs: Inputs, dh, state=None, dstate=None) -> dict[str, float]:
+def summands(inputs: Inputs, dh, state=None, dstate=None, cell="exp") -> dict[str, float]:
     """The norms of the gradients when every term of their sums is taken by its absolute value.
 
     Terms may cancel: where one step outweighs all others, h is its v whatever q and k are, and dq, dk, di are exactly
@@ -73,10 +85,16 @@ def summands(inputs: Inputs, dh, state=None, dstate=None) -> dict[str, float]:
     q, k, v, i, f = (torch.from_numpy(to_numpy(x)) for x in inputs)
     B, NH, _, DQK, DHV = *q.shape, v.shape[-1]
     shapes = (B, NH, DQK, DHV), (B, NH, DQK), (B, NH)
-    zeros = [torch.zeros(shape) for shape in shapes]
-    C_0, n_0, m_0 = (torch.from_numpy(to_numpy(x)) for x in (zeros if state is None else state))
-    dC, dn, dm = (torch.from_numpy(to_numpy(x)).abs() for x in (zeros if dstate is None else dstate))
-    _, C, n, _, W, w_state, _, _, D = mlstm_parallel.forward_pass(q, k, v, i, f, C_0, n_0, m_0)
+    zeros = [np.zeros(shape) for shape in shapes]
+    # The cell "sig" is "exp" with other weights, and without n and m.
+    state, dstate = ([*(x or ()), *zeros[len(x or ()) :]] for x in (state, dstate))
+    C_0, n_0, m_0 = (torch.from_numpy(to_numpy(x)) for x in state)
+    dC, dn, dm = (torch.from_numpy(to_numpy(x)).abs() for x in dstate)
+    if cell == "exp":
+        _, C, n, _, W, w_state, _, _, D = mlstm_parallel.forward_pass(q, k, v, i, f, C_0, n_0, m_0)
+    else:
+        (W, w_state), D, n = gate_weights(i, f), torch.ones_like(f), n_0
+        C = w_state[..., -1, None, None] * C_0 + (W[..., -1, :, None] * k).mT @ v
     g, q, k, v, C_0 = torch.from_numpy(to_numpy(dh)).abs() / D[..., None], q.abs(), k.abs(), v.abs(), C_0.abs()
     s = DQK**-0.5
     dP = (g @ v.mT) * W
@@ -92,15 +110,18 @@ def summands(inputs: Inputs, dh, state=None, dstate=None) -> dict[str, float]:
 
 
 def compare_with(
-    inputs: Inputs, dh, reference: dict, actual: dict, dtype, *, state=None, dstate=None, chunk_size=None
+    inputs: Inputs, dh, reference: dict, actual: dict, dtype, *, state=None, dstate=None, chunk_size=None, cell="exp"
 ) -> None:
     """All outputs and gradients within the budgets of the dtype; the state in the reference's gauge."""
     name = str(dtype).removeprefix("torch.")
-    final = same_gauge((actual["C"], actual["n"], actual["m"]), reference["m"])
-    rest = {key: value for key, value in actual.items() if key not in ("C", "n", "m", "dm_0")}
-    expected_final = same_gauge((reference["C"], reference["n"], reference["m"]), reference["m"])
-    scales = summands(inputs, dh, state, dstate) if inputs.q.shape[2] <= 200 else {}
+    rest = {key: value for key, value in actual.items() if key not in (*STATE["exp"], "dm_0")}
+    scales = summands(inputs, dh, state, dstate, cell) if inputs.q.shape[2] <= 200 else {}
     check(rest, reference, dtype=name, scales=scales, chunk_size=chunk_size, verbose=False)
+    if cell == "sig":
+        check({"C": actual["C"]}, reference, dtype=name, verbose=False)
+        return
+    final = same_gauge((actual["C"], actual["n"], actual["m"]), reference["m"])
+    expected_final = same_gauge((reference["C"], reference["n"], reference["m"]), reference["m"])
     check(final, expected_final, dtype=name, verbose=False)
     if "dm_0" in actual:
         # One number a head, and a sum of products of C_0 and dC_0, which cancel: measured against their norms.
@@ -116,18 +137,20 @@ def compare_with(
         assert error <= allowed, f"dm_0 is off by {error}, {allowed} is allowed"
 
 
-def compare_with_oracle(function, B, NH, T, DQK, DHV, *, regime, with_state, dtype, layout, seed, chunk_size=None):
-    """A form against stage 01 in float64: h, five gradients, the state and its gradients."""
+def compare_with_oracle(
+    function, B, NH, T, DQK, DHV, *, regime, with_state, dtype, layout, seed, chunk_size=None, cell="exp"
+):
+    """A form against the recurrence in float64: h, five gradients, the state and its gradients."""
     inputs, dh, state, dstate = make(
-        B, NH, T, DQK, DHV, regime=regime, with_state=with_state, dtype=dtype, layout=layout, seed=seed
+        B, NH, T, DQK, DHV, regime=regime, with_state=with_state, dtype=dtype, layout=layout, seed=seed, cell=cell
     )
     options = {} if chunk_size is None else {"chunk_size": chunk_size}
     # At +-10^4 and +-50 several steps tie exactly for the largest weight. m_T has no gradient there, and a gradient of
     # the returned state by itself would ask for it.
-    dstate = None if regime in ("saturated", "fifty") else dstate
+    dstate = None if regime in ("saturated", "fifty") and cell == "exp" else dstate
     actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
-    reference = oracle(inputs, dh, initial_state=state, dstate=dstate)
-    compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
+    reference = oracle(inputs, dh, initial_state=state, dstate=dstate, cell=cell)
+    compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size, cell=cell)
 
 
 def cut(inputs: Inputs, start: int | None, end: int | None) -> Inputs:
@@ -150,9 +173,9 @@ def causality(function, dtype, T=70, t=40, **options) -> None:
         assert (gradients[name][:, :, :t] != 0).any(), name
 
 
-def splitting(function, dtype, T=90, t=37, regime="typical", **options) -> None:
+def splitting(function, dtype, T=90, t=37, regime="typical", cell="exp", **options) -> None:
     """Two calls with the state passed on give what one call gives, gradients through the state included."""
-    inputs, dh, state, dstate = make(2, 2, T, 12, 20, dtype=dtype, regime=regime)
+    inputs, dh, state, dstate = make(2, 2, T, 12, 20, dtype=dtype, regime=regime, cell=cell)
 
     def in_two_parts(q, k, v, i, f, *, initial_state, return_state):
         x = Inputs(q, k, v, i, f)
@@ -161,20 +184,20 @@ def splitting(function, dtype, T=90, t=37, regime="typical", **options) -> None:
         return torch.cat([h_1, h_2], dim=2), final
 
     actual = run_torch(in_two_parts, inputs, dh, initial_state=state, dstate=dstate)
-    reference = oracle(inputs, dh, initial_state=state, dstate=dstate)
-    compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate)
+    reference = oracle(inputs, dh, initial_state=state, dstate=dstate, cell=cell)
+    compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate, cell=cell)
 
 
-def resets(function, dtype, lengths=(5, 28, 1, 41), **options) -> None:
+def resets(function, dtype, lengths=(5, 28, 1, 41), cell="exp", **options) -> None:
     """f = -inf at the first step of every document of a packed sequence: the same as a call for each document."""
     T = sum(lengths)
-    inputs, dh, *_ = make(1, 2, T, 12, 20, dtype=dtype)
+    inputs, dh, *_ = make(1, 2, T, 12, 20, dtype=dtype, cell=cell)
     starts = np.cumsum((0, *lengths[:-1]))
     inputs.f[:, :, starts] = -torch.inf
     packed = run_torch(function, inputs, dh, **options)
     assert (packed["df"][:, :, starts] == 0).all(), "the gradient of a gate at -inf must be exactly 0"
     parts = [
-        oracle(cut(inputs, start, start + length), dh[:, :, start : start + length])
+        oracle(cut(inputs, start, start + length), dh[:, :, start : start + length], cell=cell)
         for start, length in zip(starts, lengths, strict=True)
     ]
     names = ("h", "dq", "dk", "dv", "di", "df")
@@ -187,17 +210,17 @@ def resets(function, dtype, lengths=(5, 28, 1, 41), **options) -> None:
     assert torch.equal(function(*inputs, **options)[:, :, start:], function(*changed, **options)[:, :, start:])
 
 
-def padding(function, dtype, T=50, extra=27, **options) -> None:
+def padding(function, dtype, T=50, extra=27, cell="exp", **options) -> None:
     """Steps with i = -inf and f = inf behind a sequence change neither its h nor its state, and get no gradient."""
-    inputs, dh, state, dstate = make(1, 2, T + extra, 12, 20, dtype=dtype)
+    inputs, dh, state, dstate = make(1, 2, T + extra, 12, 20, dtype=dtype, cell=cell)
     inputs.i[:, :, T:], inputs.f[:, :, T:], dh[:, :, T:] = -torch.inf, torch.inf, 0
     padded = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
-    short = oracle(cut(inputs, None, T), dh[:, :, :T], initial_state=state, dstate=dstate)
+    short = oracle(cut(inputs, None, T), dh[:, :, :T], initial_state=state, dstate=dstate, cell=cell)
     for name in ("dk", "dv", "di"):
         assert (padded[name][:, :, T:] == 0).all(), name
     per_step = ("h", "dq", "dk", "dv", "di", "df")
     padded = {name: x[:, :, :T] if name in per_step else x for name, x in padded.items()}
-    compare_with(cut(inputs, None, T), dh[:, :, :T], short, padded, dtype, state=state, dstate=dstate)
+    compare_with(cut(inputs, None, T), dh[:, :, :T], short, padded, dtype, state=state, dstate=dstate, cell=cell)
 
 
 def gauge(function, dtype, **options) -> None:
@@ -210,9 +233,9 @@ def gauge(function, dtype, **options) -> None:
     check({"h": function(*inputs, initial_state=shifted, **options)}, {"h": expected}, dtype=name, verbose=False)
 
 
-def linear_in_v(function, dtype, **options) -> None:
-    inputs, *_ = make(1, 2, 50, 12, 20, dtype=dtype)
-    other = make(1, 2, 50, 12, 20, dtype=dtype, seed=5)[0].v
+def linear_in_v(function, dtype, cell="exp", **options) -> None:
+    inputs, *_ = make(1, 2, 50, 12, 20, dtype=dtype, cell=cell)
+    other = make(1, 2, 50, 12, 20, dtype=dtype, seed=5, cell=cell)[0].v
     name = str(dtype).removeprefix("torch.")
     # The sum is rounded to dtype before it goes in, so 2 v and v + v' with v' = v / 2 would hide nothing: use v, v'.
     total = (inputs.v.double() + other.double()).to(dtype)
@@ -220,9 +243,9 @@ def linear_in_v(function, dtype, **options) -> None:
     check({"h": function(*inputs._replace(v=total), **options)}, {"h": sum(parts)}, dtype=name, verbose=False)
 
 
-def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, **options) -> None:
+def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, cell="exp", **options) -> None:
     """Permuting batch entries and heads permutes the result; a row alone gives what it gives inside a batch."""
-    inputs, dh, state, dstate = make(3, 2, 40, 12, 20, dtype=dtype)
+    inputs, dh, state, dstate = make(3, 2, 40, 12, 20, dtype=dtype, cell=cell)
     whole = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     turned = run_torch(
         function, Inputs(*(x.flip(0, 1) for x in inputs)), dh.flip(0, 1),
@@ -241,48 +264,52 @@ def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, **options
             check({name: alone[name]}, {name: x[1:2]}, verbose=False, budgets={name: 1e-12})
 
 
-def empty_sequences(function, dtype, **options) -> None:
+def empty_sequences(function, dtype, cell="exp", **options) -> None:
     """T = 0 gives an empty h and the state as it was; B = 0 gives empty everything. Both have gradients."""
-    inputs, dh, state, dstate = make(2, 2, 0, 12, 20, dtype=dtype)
+    inputs, dh, state, dstate = make(2, 2, 0, 12, 20, dtype=dtype, cell=cell)
     result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     assert result["h"].shape == (2, 2, 0, 20)
-    for name, x in zip(("C", "n", "m", "dC_0", "dn_0", "dm_0"), (*state, *dstate), strict=True):
+    names = (*STATE[cell], *(f"d{part}_0" for part in STATE[cell]))
+    for name, x in zip(names, (*state, *dstate), strict=True):
         assert torch.equal(result[name], x), name
-    _, (C, n, m) = function(*inputs, return_state=True, **options)
-    assert C.shape == (2, 2, 12, 20)
-    assert all((x == 0).all() for x in (C, n, m))
-    inputs, dh, state, dstate = make(0, 2, 30, 12, 20, dtype=dtype)
+    _, final = function(*inputs, return_state=True, **options)
+    assert final[0].shape == (2, 2, 12, 20)
+    assert len(final) == len(state)
+    assert all((x == 0).all() for x in final)
+    inputs, dh, state, dstate = make(0, 2, 30, 12, 20, dtype=dtype, cell=cell)
     result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     assert result["h"].shape == (0, 2, 30, 20)
     assert result["dk"].shape == (0, 2, 30, 12)
 
 
-def nothing_but_padding(function, dtype, **options) -> None:
+def nothing_but_padding(function, dtype, cell="exp", **options) -> None:
     """All is forgotten and nothing written: h is 0, the memory is empty, nothing is NaN."""
-    inputs, dh, state, dstate = make(1, 1, 40, 8, 8, dtype=dtype)
+    inputs, dh, state, dstate = make(1, 1, 40, 8, 8, dtype=dtype, cell=cell)
     inputs.i.fill_(-torch.inf), inputs.f.fill_(-torch.inf)
     result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     assert (result["h"] == 0).all()
-    memory = same_gauge((result["C"], result["n"], result["m"]), torch.zeros_like(result["m"]))
+    memory = {"C": result["C"]}
+    if cell == "exp":
+        memory = same_gauge((result["C"], result["n"], result["m"]), torch.zeros_like(result["m"]))
     assert all((x == 0).all() for x in memory.values())
     for name, x in result.items():
         assert torch.isfinite(x).all(), name
 
 
-def finite_at_extremes(function, dtype, **options) -> None:
+def finite_at_extremes(function, dtype, cell="exp", **options) -> None:
     """No NaN or inf, whatever the gates: +-1e4, queries and keys of zeros, a state with a huge or tiny m."""
     for value_i in (-1e4, -50.0, 50.0, 1e4):
         for value_f in (-1e4, -50.0, 50.0, 1e4):
-            inputs, dh, state, dstate = make(1, 1, 40, 8, 8, dtype=dtype)
+            inputs, dh, state, dstate = make(1, 1, 40, 8, 8, dtype=dtype, cell=cell)
             inputs.i.fill_(value_i), inputs.f.fill_(value_f)
             inputs.q[:, :, 3:5], inputs.k[:, :, 7:9] = 0, 0
-            for m_0 in (-1e4, 0.0, 1e4):
-                start = (state[0], state[1], torch.full_like(state[2], m_0))
+            for m_0 in (-1e4, 0.0, 1e4) if cell == "exp" else (0.0,):
+                start = state if cell == "sig" else (state[0], state[1], torch.full_like(state[2], m_0))
                 result = run_torch(function, inputs, dh, initial_state=start, dstate=dstate, **options)
-                for name in ("h", "C", "n", "m"):
+                for name in ("h", *STATE[cell]):
                     assert torch.isfinite(result[name]).all(), (name, value_i, value_f, m_0)
                 # h has a pole where n . s q = 0 and e^(-m) is 0 as well, so gradients at such steps are not asked for.
-                if value_i <= 0 and m_0 <= 0:
+                if cell == "sig" or (value_i <= 0 and m_0 <= 0):
                     for name, x in result.items():
                         assert torch.isfinite(x).all(), (name, value_i, value_f, m_0)
 
@@ -290,19 +317,21 @@ def finite_at_extremes(function, dtype, **options) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a Triton form must satisfy besides
 # ---------------------------------------------------------------------------------------------------------------------
-def compare_with_chunkwise(function, B, NH, T, DQK, DHV, *, dtype, regime="typical", chunk_size, leave_out=()) -> None:
+def compare_with_chunkwise(
+    function, B, NH, T, DQK, DHV, *, dtype, regime="typical", chunk_size, leave_out=(), cell="exp"
+) -> None:
     """A form against stage 03's chunkwise form in float64 on the same numbers: sizes at which the oracle is slow."""
-    inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime)
+    inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime, cell=cell)
     wide = Inputs(*(x.double() for x in inputs))
     wide_state, wide_dstate = (tuple(x.double() for x in y) for y in (state, dstate))
-    expected = run_torch(mlstm_chunkwise, wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
+    expected = run_torch(CHUNKWISE[cell], wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
     actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
     actual = {name: x for name, x in actual.items() if name not in leave_out}
-    compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size)
+    compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size, cell=cell)
 
 
-def the_same_call_gives_the_same_bits(function, dtype, **options) -> None:
-    inputs, dh, state, dstate = make(2, 2, 100, 24, 40, dtype=dtype)
+def the_same_call_gives_the_same_bits(function, dtype, cell="exp", **options) -> None:
+    inputs, dh, state, dstate = make(2, 2, 100, 24, 40, dtype=dtype, cell=cell)
     first, *others = (
         run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
         for _ in range(3 if INTERPRETED else 20)
@@ -311,15 +340,15 @@ def the_same_call_gives_the_same_bits(function, dtype, **options) -> None:
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
-def digits_behind_one_shut_forget_gate(function, f_value, **options) -> None:
+def digits_behind_one_shut_forget_gate(function, f_value, cell="exp", **options) -> None:
     """One f of -1e4 among typical gates: a difference of float32 sums would be wrong by 1e-3 behind it."""
-    inputs, dh, *_ = make(1, 2, 120, 8, 8, dtype=torch.float32)
+    inputs, dh, *_ = make(1, 2, 120, 8, 8, dtype=torch.float32, cell=cell)
     inputs.f[:, :, 70] = f_value
     actual = run_torch(function, inputs, dh, **options)
-    compare_with(inputs, dh, oracle(inputs, dh), actual, torch.float32)
+    compare_with(inputs, dh, oracle(inputs, dh, cell=cell), actual, torch.float32, cell=cell)
 
 
-def views_are_not_copied(function, **options) -> None:
+def views_are_not_copied(function, cell="exp", **options) -> None:
     """(B, T, NH, D) tensors seen through a transpose, and slices of a larger tensor; h in the layout of v."""
     B, NH, T, D = 2, 3, 40, 8
     whole = torch.randn(B, T, NH, 3 * D + 2, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
@@ -329,40 +358,40 @@ def views_are_not_copied(function, **options) -> None:
     for x in (q, k, v, i, f):
         x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
     h = function(q, k, v, i, f, **options)
-    expected = mlstm_chunkwise(*(x.double() for x in (q, k, v, i, f)), chunk_size=16)
+    expected = CHUNKWISE[cell](*(x.double() for x in (q, k, v, i, f)), chunk_size=16)
     torch.testing.assert_close(h.double(), expected, rtol=1e-4, atol=1e-5)
     v = torch.randn(B, T, NH, D, device=DEVICE).transpose(1, 2)
     assert function(q, k, v, i, f, **options).stride() == v.stride()
 
 
-def gradient_of_a_sum(function, **options) -> None:
+def gradient_of_a_sum(function, cell="exp", **options) -> None:
     """h.sum() sends back a gradient whose strides are all 0."""
-    inputs, *_ = make(1, 2, 40, 8, 8, dtype=torch.float32)
+    inputs, *_ = make(1, 2, 40, 8, 8, dtype=torch.float32, cell=cell)
     leaves = [x.requires_grad_() for x in inputs]
     function(*leaves, **options).sum().backward()
-    expected = oracle(inputs, torch.ones_like(inputs.v))
+    expected = oracle(inputs, torch.ones_like(inputs.v), cell=cell)
     check({"dq": leaves[0].grad, "df": leaves[4].grad}, expected, verbose=False)
 
 
-def only_the_state_is_used(function, **options) -> None:
-    inputs, dh, state, dstate = make(1, 2, 40, 8, 8, dtype=torch.float32)
+def only_the_state_is_used(function, cell="exp", **options) -> None:
+    inputs, dh, state, dstate = make(1, 2, 40, 8, 8, dtype=torch.float32, cell=cell)
     leaves = [x.requires_grad_() for x in inputs]
-    _, (C, _, _) = function(*leaves, initial_state=state, return_state=True, **options)
-    (C * dstate[0]).sum().backward()
+    _, final = function(*leaves, initial_state=state, return_state=True, **options)
+    (final[0] * dstate[0]).sum().backward()
     zero = [torch.zeros_like(x) for x in dstate[1:]]
-    expected = oracle(inputs, torch.zeros_like(dh), initial_state=state, dstate=(dstate[0], *zero))
+    expected = oracle(inputs, torch.zeros_like(dh), initial_state=state, dstate=(dstate[0], *zero), cell=cell)
     check({n: leaves[j].grad for j, n in enumerate(("dk", "dv", "di", "df"), start=1)}, expected, verbose=False)
 
 
-def gates_in_either_dtype(function, gate_dtype, **options) -> None:
-    inputs, dh, *_ = make(1, 2, 40, 8, 8, dtype=torch.float16)
+def gates_in_either_dtype(function, gate_dtype, cell="exp", **options) -> None:
+    inputs, dh, *_ = make(1, 2, 40, 8, 8, dtype=torch.float16, cell=cell)
     inputs = inputs._replace(i=inputs.i.to(gate_dtype), f=inputs.f.to(gate_dtype))
     actual = run_torch(function, inputs, dh, **options)
     assert actual["di"].dtype == actual["df"].dtype == gate_dtype
-    compare_with(inputs, dh, oracle(inputs, dh), actual, torch.float16)
+    compare_with(inputs, dh, oracle(inputs, dh, cell=cell), actual, torch.float16, cell=cell)
 
 
-def one_graph(function, dynamic, **options) -> None:
+def one_graph(function, dynamic, cell="exp", **options) -> None:
     """torch.compile: no breaks, states and gradients included, and for other lengths too."""
 
     def model(q, k, v, i, f, state):
@@ -371,7 +400,7 @@ def one_graph(function, dynamic, **options) -> None:
 
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for T in (40, 56):
-        inputs, dh, state, _ = make(1, 2, T, 8, 8, dtype=torch.float32)
+        inputs, dh, state, _ = make(1, 2, T, 8, 8, dtype=torch.float32, cell=cell)
         results = []
         for form in (model, compiled):
             leaves = [x.clone().requires_grad_() for x in (*inputs, *state)]
@@ -396,9 +425,9 @@ def offsets_beyond_2_to_the_31(function) -> None:
     assert all(torch.equal(y[-1:, -1:], z) for y, z in zip(final, final_end, strict=True))
 
 
-def more_heads_than_a_grid_axis_may_have(function, **options) -> None:
+def more_heads_than_a_grid_axis_may_have(function, cell="exp", **options) -> None:
     """CUDA allows 65,535 programs along the second axis of a grid."""
-    inputs, dh, state, dstate = make(70_000, 1, 4, 8, 8, dtype=torch.float32)
+    inputs, dh, state, dstate = make(70_000, 1, 4, 8, 8, dtype=torch.float32, cell=cell)
     whole = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     last = Inputs(*(x[-2:] for x in inputs)), dh[-2:]
     states = {"initial_state": [x[-2:] for x in state], "dstate": [x[-2:] for x in dstate]}

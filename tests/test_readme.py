@@ -25,7 +25,7 @@ def test_python_blocks_run_beside_copied_files(readme, block, tmp_path):
     if any(name in block for name in ("limit_chunk", "tfla", "decode")):
         pytest.importorskip("triton", reason="Triton has no wheels for this system")
     folder = readme.parent
-    for file in folder.glob("0*/*.py") if folder == ROOT else folder.glob("*.py"):
+    for file in folder.glob("0*/mlstm*.py") if folder == ROOT else folder.glob("mlstm*.py"):
         shutil.copy(file, tmp_path)
     (tmp_path / "example.py").write_text(block)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -49,7 +49,7 @@ def test_links_lead_somewhere(readme):
 def test_line_counts_in_the_table():
     text = (ROOT / "README.md").read_text()
     counts = re.findall(r"\[`(\w+\.py)`\]\(([^)]+)\) \((\d+) lines\)", text)
-    assert {name for name, _, _ in counts} == {file.name for file in ROOT.glob("0*/*.py")}
+    assert {name for name, _, _ in counts} == {file.name for file in ROOT.glob("0*/mlstm*.py")}
     for _, path, count in counts:
         assert len((ROOT / path).read_text().splitlines()) == int(count), path
 
@@ -61,6 +61,7 @@ def load(name: str) -> dict:
 @pytest.mark.parametrize(("stage", "files"), [
     ("03_chunkwise", ["stage03_h200.json", "stage03_h200_chunks.json"]),
     ("04_tfla_triton", ["stage04_h200.json", "stage04_h200_chunks.json", "stage04_h200_lengths.json"]),
+    ("05_mlstmsig", ["stage05_h200.json", "stage05_h200_chunks.json"]),
 ])  # fmt: skip
 def test_result_tables_equal_the_result_files(stage, files):
     """Every number in a results table stands in the JSON file that the README names."""
@@ -75,12 +76,22 @@ def test_result_tables_equal_the_result_files(stage, files):
             assert f"{package} {result['versions'][package].partition('+')[0]}" in readme.lower()
 
 
-def test_tables_of_decoding_and_of_compilation():
+@pytest.mark.parametrize("stage", ["04_tfla_triton", "05_mlstmsig"])
+def test_tables_of_decoding_and_of_compilation(stage):
     from tfla_lab.aot import table
     from tfla_lab.bench import decode_table
 
-    readme = (ROOT / "04_tfla_triton/README.md").read_text()
-    assert decode_table(load("stage04_h200_decode.json")) in readme
-    compiled = load("stage04_aot.json")
+    readme = (ROOT / stage / "README.md").read_text()
+    assert decode_table(load(f"stage{stage[:2]}_h200_decode.json")) in readme
+    compiled = load(f"stage{stage[:2]}_aot.json")
     assert table(compiled["rows"], "bfloat16 128/256 L=256") in readme
     assert f"Triton {compiled['triton']}" in readme
+
+
+def test_tables_of_the_language_model():
+    from tfla_lab.lm_report import generation_table, runs_table
+
+    readme = (ROOT / "05_mlstmsig/README.md").read_text()
+    for name in ("stage05_lm.json", "stage05_lm_rates.json"):
+        assert runs_table(load(name)["runs"]) in readme, name
+    assert generation_table(load("stage05_lm_generation.json")) in readme

@@ -1,17 +1,18 @@
 """Time and memory of the Triton forms on a GPU (`make bench`).
 
     python -m tfla_lab.bench [--only mlstm_tfla] [--T 2048 8192] [--chunk-size 64] [--output FILE]
-    python -m tfla_lab.bench --decode [--batch 1 64] [--output FILE]
+    python -m tfla_lab.bench --decode mlstm_decode_step [--batch 1 64] [--output FILE]
 
 The setting of the paper: always 65,536 tokens, so the batch is 65,536 / T; 16 heads of d_qk = 128, d_hv = 256, in
-bfloat16. Before a configuration is timed, its first batch entry is compared with the chunkwise form in float64: h and
-the five gradients. A configuration that is wrong is reported with its error, not timed. Times are medians over many
-launches, in milliseconds, of the whole call and of each of its kernels; memory is the peak of forward + backward above
-the inputs and the gradient of h, in GiB. The card's own copy rate is measured beside them. With --decode, the step for
-generation is timed instead, as it runs in a CUDA graph.
+bfloat16. Before a configuration is timed, its first batch entry is compared with its cell's chunkwise form in float64:
+h and the five gradients. A configuration that is wrong is reported with its error, not timed. Times are medians over
+many launches, in milliseconds, of the whole call and of each of its kernels; memory is the peak of forward + backward
+above the inputs and the gradient of h, in GiB. The card's own copy rate is measured beside them. With --decode, a step
+for generation is timed instead, as it runs in a CUDA graph.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from tfla_lab.check import budget, relative_error, same_gauge, to_numpy
-from tfla_lab.forms import FORMS, has_gpu, run_torch
+from tfla_lab.forms import FORMS, STATE, has_gpu, run_torch
 from tfla_lab.inputs import Inputs
 from tfla_lab.record import describe_machine
 
@@ -96,11 +97,14 @@ def draw(B: int, NH: int, T: int, DQK: int, DHV: int, dtype: torch.dtype) -> tup
     return Inputs(q, k, v, normal(B, NH, T), normal(B, NH, T) + 3), dh
 
 
-def errors(function: Callable, inputs: Inputs, dh: torch.Tensor, **options) -> dict[str, float]:
-    """Relative errors of the first batch entry against the chunkwise form in float64."""
+CHUNKWISE = {"exp": "mlstm_chunkwise", "sig": "mlstmsig_chunkwise"}
+
+
+def errors(function: Callable, inputs: Inputs, dh: torch.Tensor, *, cell: str, **options) -> dict[str, float]:
+    """Relative errors of the first batch entry against the chunkwise form of the cell in float64."""
     actual = run_torch(function, inputs, dh, **options)
     first = Inputs(*(x[:1].double() for x in inputs))
-    expected = run_torch(FORMS["mlstm_chunkwise"].load(), first, dh[:1].double())
+    expected = run_torch(FORMS[CHUNKWISE[cell]].load(), first, dh[:1].double())
     names = ("h", "dq", "dk", "dv", "di", "df")
     pairs = {name: (actual[name][:1].double(), expected[name]) for name in names}
     # NaN is an error like any other, and compares as none
@@ -122,7 +126,7 @@ def measure(name: str, T: int, B: int, *, chunk_size: int, NH: int, DQK: int, DH
         "dtype": kind,
     }
     inputs, dh = draw(B, NH, T, DQK, DHV, dtype)
-    found = errors(function, inputs, dh, chunk_size=chunk_size)
+    found = errors(function, inputs, dh, cell=FORMS[name].cell, chunk_size=chunk_size)
     row["errors"] = {tensor: float(f"{error:.2g}") for tensor, error in found.items()}
     row["correct"] = all(error <= budget(tensor, kind) for tensor, error in found.items())
     if not row["correct"]:
@@ -149,29 +153,39 @@ def measure(name: str, T: int, B: int, *, chunk_size: int, NH: int, DQK: int, DH
     return row
 
 
-def measure_decode(B: int, *, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -> dict:
+# name: (module with the step, cell, stage with the same step in NumPy)
+DECODE_STEPS = {
+    "mlstm_decode_step": ("mlstm_decode", "exp", ("mlstm_recurrent", "mlstm_step")),
+    "mlstmsig_decode_step": ("mlstmsig_tfla", "sig", ("mlstmsig_reference", "mlstmsig_step")),
+}
+
+
+def measure_decode(kernel: str, B: int, *, NH: int, DQK: int, DHV: int, dtype: torch.dtype) -> dict:
     """One row of the results of --decode: one step for B sequences."""
     import triton
-    from mlstm_decode import mlstm_decode_step
-    from mlstm_recurrent import mlstm_step
 
+    module, cell, (reference, reference_step) = DECODE_STEPS[kernel]
+    decode_step = getattr(importlib.import_module(module), kernel)
     inputs, _ = draw(B, NH, 2, DQK, DHV, dtype)
     generator = torch.Generator("cuda").manual_seed(1)
-    shapes = (B, NH, DQK, DHV), (B, NH, DQK), (B, NH)
+    shapes = ((B, NH, DQK, DHV), (B, NH, DQK), (B, NH))[: len(STATE[cell])]
     state = tuple(torch.randn(shape, device="cuda", generator=generator) for shape in shapes)
     step = [x[:, :, 0] for x in inputs]
-    h, (C, n, m) = mlstm_decode_step(*step, state)
-    h_0, final = mlstm_step(*(to_numpy(x[:1]) for x in step), tuple(to_numpy(x[:1]) for x in state))
-    expected = {"h": h_0} | same_gauge(final, final[2])
-    actual = {"h": h[:1]} | same_gauge((C[:1], n[:1], m[:1]), final[2])
+    h, after = decode_step(*step, state)
+    first = (tuple(to_numpy(x[:1]) for x in y) for y in (step, state))
+    (step_0, state_0), after = first, tuple(x[:1] for x in after)
+    h_0, final = getattr(importlib.import_module(reference), reference_step)(*step_0, state_0)
+    expected, actual = {"h": h_0, "C": final[0]}, {"h": h[:1], "C": after[0]}
+    if cell == "exp":
+        expected, actual = expected | same_gauge(final, final[2]), actual | same_gauge(after, final[2])
     found = {name: relative_error(x, expected[name]) for name, x in actual.items()}
     kind = str(dtype).removeprefix("torch.")
-    row = {"kernel": "mlstm_decode_step", "batch": B, "heads": NH, "d_qk": DQK, "d_hv": DHV, "dtype": kind}
+    row = {"kernel": kernel, "batch": B, "heads": NH, "d_qk": DQK, "d_hv": DHV, "dtype": kind}
     row["errors"] = {tensor: float(f"{error:.2g}") for tensor, error in found.items()}
     row["correct"] = all(error <= budget(tensor, kind) for tensor, error in found.items())
     if row["correct"]:
         milliseconds = triton.testing.do_bench_cudagraph(
-            lambda: mlstm_decode_step(*step, state), rep=200, return_mode="median"
+            lambda: decode_step(*step, state), rep=200, return_mode="median"
         )
         moved = sum(2 * x.numel() * 4 for x in state) + sum(x.numel() * x.element_size() for x in (*step, h))
         row["step_us"], row["tb_s"] = round(1000 * milliseconds, 2), round(moved / milliseconds / 1e9, 3)
@@ -214,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--T", type=int, nargs="+", default=[2048, 8192, 32768, 65536])
     parser.add_argument("--chunk-size", type=int, nargs="+", help="default: each form's own")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 65,536 / T; with --decode 1 .. 256")
-    parser.add_argument("--decode", action="store_true", help="time mlstm_decode_step instead")
+    parser.add_argument("--decode", choices=DECODE_STEPS, help="time a step for generation instead")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dqk", type=int, default=128)
     parser.add_argument("--dhv", type=int, default=256)
@@ -232,7 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     shape["dtype"] = getattr(torch, arguments.dtype)
     rows = []
     if arguments.decode:
-        rows = [measure_decode(B, **shape) for B in tqdm(arguments.batch or [1, 4, 16, 64, 256], unit="row")]
+        rows = [
+            measure_decode(arguments.decode, B, **shape)
+            for B in tqdm(arguments.batch or [1, 4, 16, 64, 256], unit="row")
+        ]
     else:
         names = arguments.only or triton_forms
         jobs = [

@@ -25,6 +25,7 @@ class Form:
     module: str
     library: str  # "numpy", "torch" or "triton"
     chunked: bool = False
+    cell: str = "exp"  # or "sig": two cells, each with forms that are equal
 
     def load(self) -> Callable:
         return getattr(importlib.import_module(self.module), self.name)
@@ -48,8 +49,14 @@ FORMS = {
         Form("mlstm_chunkwise", "03", "mlstm_chunkwise", "torch", chunked=True),
         Form("mlstm_limit_chunk", "03", "mlstm_limit_chunk", "triton", chunked=True),
         Form("mlstm_tfla", "04", "mlstm_tfla", "triton", chunked=True),
+        Form("mlstmsig_recurrent", "05", "mlstmsig_reference", "numpy", cell="sig"),
+        Form("mlstmsig_parallel", "05", "mlstmsig_reference", "torch", cell="sig"),
+        Form("mlstmsig_chunkwise", "05", "mlstmsig_reference", "torch", chunked=True, cell="sig"),
+        Form("mlstmsig_tfla", "05", "mlstmsig_tfla", "triton", chunked=True, cell="sig"),
     )
 }
+# What the state of a cell consists of.
+STATE = {"exp": ("C", "n", "m"), "sig": ("C",)}
 
 
 def has_gpu() -> bool:
@@ -64,18 +71,27 @@ def interpreted() -> bool:
 
 
 def oracle(
-    inputs: Inputs, dh: Any, *, initial_state: tuple | None = None, dstate: tuple | None = None
+    inputs: Inputs, dh: Any, *, initial_state: tuple | None = None, dstate: tuple | None = None, cell: str = "exp"
 ) -> dict[str, np.ndarray]:
-    """Stage 01 in float64 on the same numbers: h, C, n, m, dq, dk, dv, di, df, dC_0, dn_0, dm_0."""
-    from mlstm_recurrent import mlstm_recurrent, mlstm_recurrent_backward
+    """The recurrence in float64 on the same numbers: h, the state, all gradients.
+
+    That is C, n, m, dC_0, dn_0, dm_0 of the cell "exp" (stage 01), and C, dC_0 of "sig" (stage 05).
+    """
+    if cell == "exp":
+        from mlstm_recurrent import mlstm_recurrent as forward
+        from mlstm_recurrent import mlstm_recurrent_backward as backward
+    else:
+        from mlstmsig_reference import mlstmsig_recurrent as forward
+        from mlstmsig_reference import mlstmsig_recurrent_backward as backward
 
     q, k, v, i, f = (to_numpy(x) for x in inputs)
     state = None if initial_state is None else tuple(to_numpy(x) for x in initial_state)
     dstate = None if dstate is None else tuple(to_numpy(x) for x in dstate)
-    h, (C, n, m) = mlstm_recurrent(q, k, v, i, f, initial_state=state, return_state=True)
-    gradients = mlstm_recurrent_backward(to_numpy(dh), q, k, v, i, f, initial_state=state, dstate=dstate)
-    named = dict(zip(("dq", "dk", "dv", "di", "df"), gradients[:5], strict=True))
-    return {"h": h, "C": C, "n": n, "m": m, **named, **dict(zip(("dC_0", "dn_0", "dm_0"), gradients[5], strict=True))}
+    h, final = forward(q, k, v, i, f, initial_state=state, return_state=True)
+    *gradients, dstate_0 = backward(to_numpy(dh), q, k, v, i, f, initial_state=state, dstate=dstate)
+    named = dict(zip(("dq", "dk", "dv", "di", "df"), gradients, strict=True))
+    named |= {f"d{part}_0": x for part, x in zip(STATE[cell], dstate_0, strict=True)}
+    return {"h": h, **dict(zip(STATE[cell], final, strict=True)), **named}
 
 
 def run_torch(
@@ -89,8 +105,8 @@ def run_torch(
 ) -> dict[str, Any]:
     """Runs a form on torch tensors, forward and backward through autograd, and names what comes out as oracle does.
 
-    dC_0, dn_0, dm_0 are there only with an initial state, and C, n, m always. `dstate` is the gradient of the returned
-    state. Where the memory layout of an input matters, it is kept.
+    The initial state's gradients are there only with an initial state, the final state's parts always. `dstate` is the
+    gradient of the returned state. Where the memory layout of an input matters, it is kept.
     """
     import torch
 
@@ -103,5 +119,5 @@ def run_torch(
     wanted = leaves + list(state or ())
     results = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, materialize_grads=True)
     names = ("dq", "dk", "dv", "di", "df", "dC_0", "dn_0", "dm_0")[: len(wanted)]
-    C, n, m = (x.detach() for x in final)
-    return {"h": h.detach(), "C": C, "n": n, "m": m, **dict(zip(names, results, strict=True))}
+    parts = dict(zip(("C", "n", "m"), (x.detach() for x in final), strict=False))
+    return {"h": h.detach(), **parts, **dict(zip(names, results, strict=True))}

@@ -3,6 +3,7 @@
 Everything is drawn with NumPy from a seed, so that every stage, dtype and device gets the same numbers.
 """
 
+import functools
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -144,37 +145,43 @@ def read_text(length: int, path: str | Path | None = None) -> bytes:
     return text[:length]
 
 
-def text_inputs(
-    text: bytes, *, B: int = 1, NH: int = 4, DQK: int = 32, DHV: int = 64, seed: int = 0, dtype: Any = np.float64,
-    device: str = "cpu",
-) -> Inputs:  # fmt: skip
-    """q, k, v, i, f of a small untrained mLSTM layer that reads `text`, a byte a step.
+# A language model over bytes that train_lm.py of stage 05 trained on Python sources: size "small", kernel "exp".
+BYTE_LM = Path(__file__).parent / "byte_lm.safetensors"
 
-    Every byte is embedded, mixed with the three before it (a causal convolution, so that equal letters in different
-    words differ), normalized and projected, with fixed seeded weights. As in the paper the input gates start nearly
-    closed (bias -10), and the forget gates of the heads from 3 to 6, that is, from a memory of 20 steps to one of 400.
+
+@functools.cache
+def byte_lm() -> Any:
+    """The model in BYTE_LM, in float64 on the CPU."""
+    import torch
+    from language_model import load
+
+    return load(BYTE_LM, dtype=torch.float64).requires_grad_(False)
+
+
+def text_inputs(
+    text: bytes, *, B: int = 1, NH: int = 4, DQK: int = 32, DHV: int = 64, dtype: Any = np.float64, device: str = "cpu"
+) -> Inputs:
+    """q, k, v, i, f of a trained mLSTM layer that reads `text`, a byte a step.
+
+    It is the second and last layer of a small language model (BYTE_LM), which has 4 heads of d_qk = 32 and d_hv = 64.
+    Fewer heads are some of these, from the first to the last; smaller heads are the first columns of these.
 
     Args:
-        text: B * T bytes; the batch entries are consecutive pieces of it.
+        text: B * T bytes; the batch entries are consecutive pieces of it, each read from its own beginning.
 
     Raises:
-        ValueError: if B does not divide the length of the text.
+        ValueError: if B does not divide the length of the text, or the layer has not so many heads or columns.
     """
     if len(text) % B:
         raise ValueError(f"the text must have a multiple of B = {B} bytes, got {len(text)}")
-    rng, D = np.random.default_rng(seed), 64
-    tokens = np.frombuffer(text, np.uint8).reshape(B, -1)
-    x = rng.normal(size=(256, D))[tokens]  # (B, T, D)
-    kernel = rng.normal(size=(4, D)) / 2
-    padded = np.pad(x, ((0, 0), (3, 0), (0, 0)))
-    x = sum(kernel[j] * padded[:, 3 - j : padded.shape[1] - j] for j in range(4))
-    x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    config = byte_lm().config
+    for name, size, most in (("NH", NH, config.heads), ("DQK", DQK, config.d_qk), ("DHV", DHV, config.d_hv)):
+        if not 1 <= size <= most:
+            raise ValueError(f"{name} must be 1 to {most}, which the trained layer has, got {size}")
+    import torch
 
-    def project(size: int) -> np.ndarray:
-        y = x @ (rng.normal(size=(D, NH * size)) / np.sqrt(D))
-        return y.reshape(*y.shape[:2], NH, size).swapaxes(1, 2)  # (B, NH, T, size)
-
-    q, k, v = project(DQK), project(DQK), project(DHV)
-    i = project(1)[..., 0] - 10
-    f = project(1)[..., 0] + np.linspace(3, 6, NH)[None, :, None]
-    return Inputs(*(cast(x, dtype, device, gate=x.ndim == 3) for x in (q, k, v, i, f)))
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).reshape(B, -1).long()
+    heads = np.linspace(0, config.heads - 1, NH).round().astype(int)
+    q, k, v, i, f = (x.numpy()[:, heads] for x in byte_lm().cell_inputs(tokens, config.layers - 1))
+    parts = (q[..., :DQK], k[..., :DQK], v[..., :DHV], i, f)
+    return Inputs(*(cast(x, dtype, device, gate=x.ndim == 3) for x in parts))

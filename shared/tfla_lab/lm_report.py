@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from tqdm import tqdm
+from train_lm import SIZES
 
 from tfla_lab import plot
 from tfla_lab.record import describe_machine
@@ -57,6 +58,8 @@ def label(run: dict) -> str:
         words.append("normalizer's gradient left out")
     if config["kernel"] != "attention" and config["input_gate_bias"] != -10:
         words.append(f"input gates from {config['input_gate_bias']:g}")
+    if run["recipe"]["learning_rate"] != SIZES["base"].learning_rate:
+        words.append(f"learning rate {run['recipe']['learning_rate']:g}")
     return ", ".join(words)
 
 
@@ -197,7 +200,6 @@ def measure_generation(model, batch: int, context: int) -> dict:
 def generation(batch: int, contexts: list[int], device: str = "cuda", shape: dict | None = None) -> dict:
     """The rows of all kernels and contexts, with untrained weights of the given shape (None: train_lm's base)."""
     from language_model import KERNELS, Config, LanguageModel
-    from train_lm import SIZES
 
     shape = SIZES["base"].shape if shape is None else shape
     rows = []

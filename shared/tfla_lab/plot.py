@@ -462,12 +462,34 @@ def _panel_tfla(ax: Axes) -> None:
     ax.add_patch(Rectangle((0, row), STEPS, tile, fill=False, edgecolor=BLUE, linewidth=2.2, zorder=7))
 
 
+def _panel_sig(ax: Axes) -> None:
+    """The two input gates over their pre-activation: one grows without bound, the other ends at 1."""
+    ax.set(xlim=(0.3 - (HEIGHT - STEPS), STEPS + 0.3), ylim=(HEIGHT - 0.3, -0.3))
+    i = np.linspace(-STEPS / 2, STEPS / 2, 200)
+    one = STEPS / 2.4  # a gate of 1, in the panel's units
+
+    def place(gate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shown = gate * one <= STEPS
+        return i[shown] + STEPS / 2, STEPS - gate[shown] * one
+
+    ax.plot([0, STEPS], [STEPS, STEPS], color=GREY, linewidth=0.8)
+    ax.plot([0, STEPS], [STEPS - one] * 2, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+    ax.plot(*place(np.exp(i)), color=VERMILION, linewidth=2)
+    ax.plot(*place(1 / (1 + np.exp(-i))), color=BLUE, linewidth=2)
+    ax.text(STEPS / 2 + 1.2, 1.2, "$e^i$", ha="left", va="center", fontsize=13, color=VERMILION)
+    ax.text(STEPS - 0.2, STEPS - one - 0.8, "$\\sigma(i)$", ha="right", va="center", fontsize=13, color=BLUE)
+    ax.text(-0.3, STEPS - one, "1", ha="right", va="center", fontsize=10)
+    ax.text(-0.3, STEPS, "0", ha="right", va="center", fontsize=10)
+    ax.text(STEPS / 2, STEPS + 0.7, "input gate $i$", ha="center", va="center", fontsize=8)
+
+
 # stage: (title, caption, width in the units of HEIGHT, what draws it)
 PANELS: dict[str, tuple[str, str, float, Callable[[Axes], None]]] = {
     "01": ("01 recurrent", "one step after the other", 18.6, _panel_recurrent),
     "02": ("02 parallel", "all $T × T$ weights at once", HEIGHT, _panel_parallel),
     "03": ("03 chunkwise", "chunks, and states between", HEIGHT, _panel_chunkwise),
     "04": ("04 TFLA", "large chunks, cut into tiles", HEIGHT, _panel_tfla),
+    "05": ("05 mLSTMsig", "a gate that ends at 1: no $n$, no $m$", HEIGHT, _panel_sig),
 }
 
 

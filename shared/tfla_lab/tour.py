@@ -2,9 +2,10 @@
 
     python -m tfla_lab.tour            (or: make tour)
 
-The yardstick is stage 01 in float64 on the same rounded inputs, forward and backward. The tour runs whatever stands in
-tfla_lab.forms.FORMS. Exit status: 0 if all errors are within the budgets of tfla_lab.check, 1 if one is not (or if
-nothing could be run), 2 if the command line is wrong.
+The yardstick is the recurrence in float64 on the same rounded inputs, forward and backward: that of stage 01, and for
+the mlstmsig forms that of stage 05. q, k, v and the gates are those of a trained layer that reads the text. The tour
+runs whatever stands in tfla_lab.forms.FORMS. Exit status: 0 if all errors are within the budgets of tfla_lab.check, 1
+if one is not (or if nothing could be run), 2 if the command line is wrong.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfla_lab.check import BUDGETS, CheckFailed, budget, check, relative_error, same_gauge, to_numpy
-from tfla_lab.forms import FORMS, Form, has_gpu, interpreted, oracle, run_torch
+from tfla_lab.forms import FORMS, STATE, Form, has_gpu, interpreted, oracle, run_torch
 from tfla_lab.inputs import Inputs, cast, read_text, text_inputs
 
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
@@ -84,11 +85,11 @@ def reason_not_to_run(form: Form, dtype: str) -> str:
 
 
 def make_inputs(text: bytes, args: argparse.Namespace) -> tuple[Inputs, Any]:
-    """The inputs of the layer that reads the text, and dh ~ N(0, 1): CPU tensors, rounded to the dtype."""
+    """The inputs of the trained layer that reads the text, and dh ~ N(0, 1): CPU tensors, rounded to the dtype."""
     import torch
 
     dtype = getattr(torch, args.dtype)
-    inputs = text_inputs(text, B=args.batch, NH=args.heads, DQK=args.dqk, DHV=args.dhv, seed=args.seed, dtype=dtype)
+    inputs = text_inputs(text, B=args.batch, NH=args.heads, DQK=args.dqk, DHV=args.dhv, dtype=dtype)
     return inputs, cast(np.random.default_rng([args.seed, 2]).normal(size=tuple(inputs.v.shape)), dtype)
 
 
@@ -105,9 +106,10 @@ def forward_backward(form: Form, inputs: Inputs, dh: Any, chunk_size: int) -> di
     if form.library != "numpy":
         return run_torch(function, inputs, dh, **options)
     backward = getattr(importlib.import_module(form.module), form.name + "_backward")
-    h, (C, n, m) = function(*inputs, return_state=True, **options)
+    h, state = function(*inputs, return_state=True, **options)
     gradients = backward(dh, *inputs, **options)[: len(GRADIENTS)]
-    return {"h": h, "C": C, "n": n, "m": m, **dict(zip(GRADIENTS, gradients, strict=True))}
+    named = dict(zip(GRADIENTS, gradients, strict=True))
+    return {"h": h, **dict(zip(STATE[form.cell], state, strict=True)), **named}
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[Any, float]:
@@ -224,7 +226,8 @@ def compare(form: Form, inputs: Inputs, dh: Any, reference: dict[str, np.ndarray
         row.not_run = "not enough memory"
         return row
 
-    results |= same_gauge((results["C"], results["n"], results.pop("m")), reference["m"])
+    if form.cell == "exp":
+        results |= same_gauge((results["C"], results["n"], results.pop("m")), reference["m"])
     row.errors = {name: relative_error(x, reference[name]) for name, x in results.items()}
     row.error_over_t = relative_error_over_t(results["h"], reference["h"])
     try:
@@ -280,7 +283,7 @@ def table(rows: Sequence[Row], dtype: str) -> str:
     h, gradient, gate = BUDGETS[dtype]
     lines += [
         "",
-        "error      relative to stage 01 in float64, on the same rounded inputs",
+        "error      relative to the recurrence of the same cell in float64, on the same rounded inputs",
         f"budgets    in {dtype}: h {h:.0e}; dq, dk, dv {gradient:.0e}; di, df {gate:.0e}",
         "ms         forward and backward together; on the CPU with one thread",
         "peak MiB   the most memory used beyond the inputs",
@@ -290,7 +293,7 @@ def table(rows: Sequence[Row], dtype: str) -> str:
             "(ms)       of Triton's interpreter on the CPU: they say nothing about the kernel's speed on a GPU"
         )
     if any(row.dtype != dtype for row in rows):
-        lines.append("stage 01   computes in float32, with its budgets, on the bfloat16 inputs: NumPy has no bfloat16")
+        lines.append("recurrent  computes in float32, with its budgets, on the bfloat16 inputs: NumPy has no bfloat16")
     return "\n".join(lines)
 
 
@@ -385,7 +388,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m tfla_lab.tour",
         description="Runs every form of the mLSTM, forward and backward, on the same real text; prints the errors "
-        "against stage 01 in float64, the time and the memory of each; and saves pictures.",
+        "against the recurrence in float64, the time and the memory of each; and saves pictures.",
         epilog="Exit status: 0 if all errors are within their budgets, 1 if not, 2 for a wrong command line.",
     )
     size = whole_number(1)
@@ -398,10 +401,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--chunk-size", metavar="L", type=chunk_size, default=64, help="steps in a chunk (default: %(default)s)")
     add("--dtype", choices=tuple(BUDGETS), default="float32", help="of q, k and v (default: %(default)s)")
     add("--batch", metavar="B", type=size, default=1, help="pieces of text, T bytes each (default: %(default)s)")
-    add("--heads", metavar="NH", type=size, default=2, help="heads of the layer (default: %(default)s)")
-    add("--dqk", metavar="D", type=size, default=32, help="entries of a query or key (default: %(default)s)")
-    add("--dhv", metavar="D", type=size, default=64, help="entries of a value (default: %(default)s)")
-    add("--seed", metavar="N", type=whole_number(0), default=0, help="of the layer's weights (default: %(default)s)")
+    add("--heads", metavar="NH", type=size, default=2, help="of the trained layer's 4 heads (default: %(default)s)")
+    add("--dqk", metavar="D", type=size, default=32, help="entries of a query or key, of its 32 (default: %(default)s)")
+    add("--dhv", metavar="D", type=size, default=64, help="entries of a value, of its 64 (default: %(default)s)")
+    add("--seed", metavar="N", type=whole_number(0), default=0, help="of the gradient of h (default: %(default)s)")
     add("--output", metavar="DIR", type=Path, default=Path("tour_output"),
         help="where the pictures go (default: %(default)s)")  # fmt: skip
     add("--no-figures", action="store_true", help="draw no pictures, and leave out the runs for them")
@@ -413,6 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         text = read_text(args.batch * args.length, args.text)
+        inputs, dh = make_inputs(text, args)
         if not args.no_figures:
             args.output.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
@@ -438,16 +442,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(
         total=1 + 2 * len(forms) + (not args.no_figures),
         bar_format="{l_bar}{bar:30}| {elapsed}",
-        desc="stage 01 in float64",
+        desc="recurrence in float64",
     ) as progress:
         with freed_memory_goes_back():
-            inputs, dh = make_inputs(text, args)
-            reference = oracle(inputs, dh)
+            references = {cell: oracle(inputs, dh, cell=cell) for cell in dict.fromkeys(form.cell for form in forms)}
             progress.update()
             for form in forms:
                 slow = is_interpreted(form) and not reason_not_to_run(form, args.dtype)
                 progress.set_description(f"{form.name}, interpreted (slow)" if slow else form.name)
-                rows.append(compare(form, inputs, dh, reference, args))
+                rows.append(compare(form, inputs, dh, references[form.cell], args))
                 progress.update()
         for row in rows:
             progress.set_description(f"{row.form.name}, time")
