@@ -97,11 +97,23 @@ def tensors(dtype: str, DQK: int, DHV: int, shape: tuple[int, ...] = (2, 4, 1024
 
 
 def mlstm_limit_chunk(stage, dtype: str):
-    """(label, launches), forward and backward, for every chunk size and large and small tiles."""
-    for DQK, DHV, L in ((*size, L) for size in ((128, 256), (16, 32)) for L in (16, 32, 64, 128)):
+    """(label, launches), forward and backward.
+
+    Of the chunk sizes for which the launchers pick the same tiles and warps, the largest, with heads of several tiles,
+    and the smallest of all, with heads of one small tile; so every choice that they have is compiled for every dtype.
+    """
+    sizes = [(128, 256, 64), (128, 256, 128), (16, 32, 16)]
+    if dtype == "float32":  # the only one whose tiles are smaller from 64 steps on
+        sizes.append((128, 256, 32))
+    if dtype == "bfloat16":
+        sizes.append((128, 256, 16))
+    for DQK, DHV, L in sizes:
         (*x, h), state = tensors(dtype, DQK, DHV)
+        variants = [state]
+        if (dtype, L) == ("bfloat16", 64):  # whether there is a state is a branch of its own, the same for all others
+            variants.append((None,) * 3)
         with catch_launches() as launches:
-            for start in ((None,) * 3, state):
+            for start in variants:
                 stage.launch_forward(*x, *start, L)
                 stage.launch_backward(h, *start, *x, *start, L)
         yield f"{dtype} {DQK}/{DHV} L={L}", launches
@@ -132,7 +144,22 @@ def mlstm_decode(stage, dtype: str):
         yield f"{dtype} {DQK}/{DHV}", launches
 
 
-FILES = {function.__name__: function for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode)}
+def mlstmsig_tfla(stage, dtype: str):
+    """Likewise; its file has the decode step too."""
+    sizes = [(128, 256, 256), (16, 32, 16)]
+    if dtype == "bfloat16":
+        sizes += [(128, 256, 64), (128, 256, 16), (16, 32, 256), (512, 512, 256)]
+    for DQK, DHV, L in sizes:
+        (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV)
+        with catch_launches() as launches:
+            for start in (C_0, None) if (dtype, DQK, L) == ("bfloat16", 128, 256) else (C_0,):
+                _, _, *saved = stage.launch_forward(*x, start, L)
+                stage.launch_backward(h, start, *x, *saved, L)
+            stage.launch_step(*(y[:, :, 0] for y in x), C_0)
+        yield f"{dtype} {DQK}/{DHV} L={L}", launches
+
+
+FILES = {function.__name__: function for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode, mlstmsig_tfla)}
 
 
 class catch_launches:
@@ -200,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("Triton's interpreter is on: unset TRITON_INTERPRET")
+
+    import torch._dynamo  # noqa: F401, what the launchers import anyway, once here instead of in every process
 
     # One process a job: some versions of the compiler end the whole process on some kernels.
     jobs = [
