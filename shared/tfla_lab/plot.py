@@ -79,11 +79,16 @@ def _axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
 
 
 def _line(index: int) -> dict[str, Any]:
-    """How the line with this number looks: no two of the first seven share a colour, a dash or a marker."""
+    """How the line with this number looks: no two of the first seven share a colour, a dash or a marker.
+
+    The next seven look like these, with hollow markers.
+    """
+    colour = COLOURS[index % len(COLOURS)]
     return {
-        "color": COLOURS[index % len(COLOURS)],
+        "color": colour,
         "linestyle": DASHES[index % len(DASHES)],
         "marker": MARKERS[index % len(MARKERS)],
+        "markerfacecolor": colour if index < len(COLOURS) else "white",
     }
 
 
