@@ -65,8 +65,11 @@ def test_numbers_come_from_the_text_that_is_named(tmp_path, capsys):
         ["--text", str(text), "--batch", "2"],
     ):
         assert tour.main([*TABLE_ONLY, "--stage", "02", *argv]) == 0
-        results.append(numbers(rows(capsys.readouterr().out)["mlstm_parallel"])[0])
+        results.append(numbers(rows(capsys.readouterr().out)["mlstm_parallel"])[:3])
     assert len(set(results)) == 4
+    standard, named, other_seed, batch = (error for error, *_ in results)
+    assert other_seed == named  # the seed is that of the gradient of h
+    assert len({standard, named, batch}) == 3
 
 
 def test_stages_can_be_chosen(capsys):
@@ -217,6 +220,9 @@ def test_a_form_that_needs_too_much_memory_says_so(fault, monkeypatch, capsys):
         (["--batch", "-1"], "argument --batch: must be a whole number of at least 1, got '-1'"),
         (["--dqk", "1.5"], "argument --dqk: must be a whole number of at least 1, got '1.5'"),
         (["--dhv", ""], "argument --dhv: must be a whole number of at least 1, got ''"),
+        (["--heads", "5"], "NH must be 1 to 4, which the trained layer has, got 5"),
+        (["--dqk", "33"], "DQK must be 1 to 32, which the trained layer has, got 33"),
+        (["--dhv", "65"], "DHV must be 1 to 64, which the trained layer has, got 65"),
         (["--seed", "-1"], "argument --seed: must be a whole number of at least 0, got '-1'"),
         (["--chunk-size", "48"], "argument --chunk-size: must be a power of two of at least 16, got '48'"),
         (["--chunk-size", "8"], "must be a power of two of at least 16, got '8'"),
