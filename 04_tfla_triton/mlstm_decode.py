@@ -64,7 +64,7 @@ def decode_kernel(
     x = tl.exp(-tl.abs(f))
     f_bar = tl.minimum(f, 0.0) - tl.where(x < 1e-4, x * (1.0 - 0.5 * x), tl.log(1.0 + x))
     m = tl.maximum(tl.load(m_ptr + bh), LOG_FORGOTTEN)  # -inf: an empty memory
-    keep = f_bar >= LOG_FORGOTTEN
+    keep = (f_bar >= LOG_FORGOTTEN) | (f_bar != f_bar)  # NaN stays NaN
     m_next = tl.maximum(tl.where(keep, f_bar + m, -float("inf")), i)
     m_next = tl.where(m_next == -float("inf"), 0.0, m_next)  # nothing kept, nothing written: the memory is empty
     w_f, w_i = tl.where(keep, tl.exp(f_bar + m - m_next), 0.0), tl.exp(i - m_next)

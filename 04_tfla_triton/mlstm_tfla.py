@@ -149,7 +149,7 @@ def load_border(start_ptr, b_ptr, m_intra_ptr, m_state, offs_last):
 @triton.jit
 def two_parts(x):
     """x in float64 as the sum of two float32: multiples of 1/64, which add up without rounding, and what is left."""
-    x = tl.maximum(x, -1e30)  # -inf would leave inf - inf
+    x = tl.where(x < -1e30, -1e30, x)  # -inf would leave inf - inf; tl.maximum would hide NaN
     high = (tl.floor(x * 64.0) / 64.0).to(tl.float32)
     return high, (x - high).to(tl.float32)
 

@@ -178,6 +178,10 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), v.squeeze(2)))  # (B, NH, T, d_hv)
         if state is None:
             h, state = F.scaled_dot_product_attention(q, k, v, is_causal=True), (k, v, x.shape[1])
+        elif x.shape[1] > 1:
+            raise ValueError(
+                f"tokens must be one step each where a state of attention is given, got {x.shape[1]} steps"
+            )
         else:  # one step, which sees all steps so far
             keys, values, steps = state = extend_cache(state, k, v)
             h = F.scaled_dot_product_attention(q, keys[:, :, :steps], values[:, :, :steps])

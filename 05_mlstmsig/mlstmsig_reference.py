@@ -10,7 +10,7 @@ The other forms follow as in stages 02 and 03. With f_bar = log sigmoid(f), i_ba
 
     parallel    H = (s Q K^T * W) V,      W_tj = e^(sum_{r=j+1..t} f_bar_r + i_bar_j) for j <= t, else 0
                 An initial state adds s w_state * (Q C_0), w_state_t = e^(sum_{r<=t} f_bar_r).
-    chunkwise   C_c = decay C_{c-1} + (w_end * K)^T V between chunks, w_end W's last row; within, the parallel form.
+    chunkwise   C_c = w_state_L C_{c-1} + (w_end * K)^T V between chunks; within them, the parallel form.
 
 Glossary (name in code = symbol = shape; B batch, NH heads, T steps, L chunk size, NC chunks):
     q, k     queries, keys                (B, NH, T, DQK)
@@ -19,8 +19,7 @@ Glossary (name in code = symbol = shape; B batch, NH heads, T steps, L chunk siz
     C        memory: all of the state     (B, NH, DQK, DHV); functions take and give the tuple (C,)
     W, P     gate weights, weighted scores                 (B, NH, T, T) or (B, NH, NC, L, L)
     w_state  weight of the state that a sequence or chunk starts from   (B, NH, T) or (B, NH, NC, L)
-    w_end    weight of step j in the state at the end                   like w_state
-    decay    w_state at the last step                                   (B, NH) or (B, NH, NC)
+    w_end    weight of step j in the state at the end, W's last row     like w_state
 
 The gradients are written by hand: stages 01 to 03 without the normalizer's part, and with
 d log sigmoid(i) / di = sigmoid(-i) for the input gate. Not included: any care for the GPU (mlstmsig_tfla.py).

@@ -1,6 +1,6 @@
 """Stage 05: Tiled Flash Linear Attention for the mLSTM with a sigmoid input gate, in Triton, forward and backward.
 
-The input gate is a sigmoid here, so every weight is at most 1. Nothing can overflow: there is no stabilizer m, no
+The input gate is a sigmoid here, so every weight is at most 1. None can overflow: there is no stabilizer m, no
 normalizer n, and no max over them (TFLA, arXiv 2503.14376, section 4). Functions have the names and the order of stage
 04's mlstm_tfla.py, so that a diff of the two files shows what the sigmoid saves:
 
@@ -18,8 +18,9 @@ Glossary (name in code = symbol = shape; L steps in a chunk, NC chunks, rows i a
     u        log sigmoid(i_j) - b_j                               (B, NH, T, 2)  in two float32 parts
     Wr       s * gate weights, Wr_ij = e^(w_row_i + u_j)          (tiles of L x L)
     w_read   e^(w_row), s * weight of the chunk's first state in step i
-    w_end    weight of step j in the next state: the last row of Wr, without s
-    decay    weight of the chunk's first state in the next
+    g        b at the chunk's last step, in two parts
+    w_end    e^(g + u_j), weight of step j in the next state: the last row of Wr, without s
+    decay    e^g, weight of the chunk's first state in the next
     C        the state that each chunk starts from                (B, NH, NC, DQK, DHV)
     dC       the gradient of the state that each chunk ends with  (B, NH, NC, DQK, DHV)
     X        gradient of log Wr_ij                                (tiles of L x L)
@@ -128,17 +129,20 @@ def load_row_gates(start_ptr, w_row_ptr, offs_gate, mask):
 
 @triton.jit
 def load_border(start_ptr, w_row_ptr, s, offs_last):
-    """Of a chunk's last step: start, w_row in two parts, and decay."""
+    """Of a chunk's last step: start, g in two parts, and decay."""
     start = tl.load(start_ptr + offs_last)
-    w_row, w_row_rest = tl.load(w_row_ptr + 2 * offs_last), tl.load(w_row_ptr + 2 * offs_last + 1)
-    return start, w_row, w_row_rest, tl.exp(tl.where(start < 0, w_row + w_row_rest, -float("inf"))) / s
+    # log s is taken out before exp: rounded into decay, it would add up over the chunks.
+    log_s, log_s_rest = two_parts(tl.log(tl.full((), 1.0, dtype=tl.float64) * s))
+    g = tl.load(w_row_ptr + 2 * offs_last) - log_s
+    g_rest = tl.load(w_row_ptr + 2 * offs_last + 1) - log_s_rest
+    return start, g, g_rest, tl.exp(tl.where(start < 0, g + g_rest, -float("inf")))
 
 
 # same as 04_tfla_triton/mlstm_tfla.py::two_parts
 @triton.jit
 def two_parts(x):
     """x in float64 as the sum of two float32: multiples of 1/64, which add up without rounding, and what is left."""
-    x = tl.maximum(x, -1e30)  # -inf would leave inf - inf
+    x = tl.where(x < -1e30, -1e30, x)  # -inf would leave inf - inf; tl.maximum would hide NaN
     high = (tl.floor(x * 64.0) / 64.0).to(tl.float32)
     return high, (x - high).to(tl.float32)
 
@@ -159,9 +163,9 @@ def store_two_parts(ptr, x, offs, mask):
 
 
 @triton.jit
-def end_weights(start, w_row, w_row_rest, s, u, u_rest, offs_j):
-    """w_end of the columns, from the chunk's last row; 0 for those of documents that ended before the chunk does."""
-    return tl.exp(tl.where(offs_j >= start, (w_row + u) + (w_row_rest + u_rest), -float("inf"))) / s
+def end_weights(start, g, g_rest, u, u_rest, offs_j):
+    """w_end of the columns: e^(g + u_j), 0 for those of documents that ended before the chunk does."""
+    return tl.exp(tl.where(offs_j >= start, (g + u) + (g_rest + u_rest), -float("inf")))
 
 
 # same as 04_tfla_triton/mlstm_tfla.py::gate_weights
@@ -262,13 +266,13 @@ def states_kernel(
         store_tile(C_ptr, C, offs_k, offs_v, DHV, DQK, DHV)
         C_ptr += DQK * DHV
         steps = tl.minimum(L, T - c * L)
-        start, w_row, w_row_rest, decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
+        start, g, g_rest, decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
         C = C * decay
         for first in range(0, steps, BLOCK_L):
             offs_l = first + tl.arange(0, BLOCK_L)
             offs_t = (c * L + offs_l).to(tl.int64)
             u, u_rest = load_two_parts(u_ptr, bh * T + offs_t, offs_t < T)
-            w_end = end_weights(start, w_row, w_row_rest, s, u, u_rest, offs_l)
+            w_end = end_weights(start, g, g_rest, u, u_rest, offs_l)
             k = load_tile(k_ptr, offs_t, offs_k, stride_kt, T, DQK).to(tl.float32) * w_end[:, None]
             v = load_tile(v_ptr, offs_t, offs_v, stride_vt, T, DHV).to(DOT)  # (BLOCK_L, BLOCK_DHV)
             C = tl.dot(tl.trans(operand(k, DOT, PRECISION)), v, C, input_precision=PRECISION)
@@ -428,7 +432,7 @@ def dstates_kernel(
         c = NC - 1 - chunks_done
         store_tile(dC_ptr, dC, offs_k, offs_v, DHV, DQK, DHV)
         steps = tl.minimum(L, T - c * L)
-        _start, _w_row, _w_row_rest, decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
+        _start, _g, _g_rest, decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
         C = load_tile(C_ptr, offs_k, offs_v, DHV, DQK, DHV).to(tl.float32)
         tl.store(carry_ptr + c, decay * tl.sum(tl.sum(C * dC, axis=1), axis=0))
         C_ptr, dC_ptr = C_ptr - DQK * DHV, dC_ptr - DQK * DHV
@@ -466,7 +470,7 @@ def dk_kernel(
     +---+---+---+        +---+---+
 
     k . dk goes to dgates_kernel, the state's part and the rest, which is X's column sums. dP^T is rounded as dq_kernel
-    rounds dP. So what the products q . dq and k . dk have in common cancels there to the last digit, rounded or not.
+    rounds dP: so what the products q . dq and k . dk have in common cancels there, but for rounding in float32 sums.
     """
     tile_k, tile, bh = tile_of_program(tl.cdiv(DQK, BLOCK_DQK), T, BLOCK_LKV)
     c = tile * BLOCK_LKV // L
@@ -488,9 +492,9 @@ def dk_kernel(
         dk, v_ptr, dC_ptr, offs_tj, offs_k, stride_vt, DHV, T, DQK, DHV, 0, TILES_V, BLOCK_DHV, DOT, PRECISION
     )
     steps = tl.minimum(L, T - c * L)
-    start_end, w_end, w_end_rest, _decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
+    start_end, g, g_rest, _decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
     u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
-    dk = dk * end_weights(start_end, w_end, w_end_rest, s, u, u_rest, offs_j)[:, None]
+    dk = dk * end_weights(start_end, g, g_rest, u, u_rest, offs_j)[:, None]
     k = load_tile(k_ptr, offs_tj, offs_k, stride_kt, T, DQK).to(tl.float32)  # (BLOCK_LKV, BLOCK_DQK)
     k_dk = tl.sum(k * dk, axis=1)
 
@@ -558,9 +562,9 @@ def dv_kernel(
         dv = tl.dot(k_d, operand(dC, DOT, PRECISION), dv, input_precision=PRECISION)
 
     steps = tl.minimum(L, T - c * L)
-    start_end, w_end, w_end_rest, _decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
+    start_end, g, g_rest, _decay = load_border(start_ptr, w_row_ptr, s, bh * T + c * L + steps - 1)
     u, u_rest = load_two_parts(u_ptr, bh * T + offs_tj, offs_tj < T)
-    dv *= end_weights(start_end, w_end, w_end_rest, s, u, u_rest, offs_j)[:, None]
+    dv *= end_weights(start_end, g, g_rest, u, u_rest, offs_j)[:, None]
 
     for first in range(first_column // BLOCK_LQ * BLOCK_LQ, steps, BLOCK_LQ):
         offs_i = first + tl.arange(0, BLOCK_LQ)
@@ -858,7 +862,8 @@ def mlstmsig_tfla(
         return_state: also return the state after the last step, in float32.
 
     Returns:
-        h, (B, NH, T, DHV) in the dtype and memory layout of v; with return_state the pair (h, (C,)).
+        h, (B, NH, T, DHV) in the dtype and memory layout of v; with return_state the pair (h, (C,)). h is a weighted
+        sum: it grows with the length of the memory, and may leave the range of float16 where its inputs are large.
         Differentiable once in q, k, v, i, f and the initial state, exactly, and deterministic.
 
     Raises:
@@ -901,7 +906,7 @@ def decode_kernel(
     i = tl.load(i_ptr + b * stride_ib + h * stride_ih).to(tl.float32)
     f = tl.load(f_ptr + b * stride_fb + h * stride_fh).to(tl.float32)
     w_i, w_f = sigmoid_minus(-i), sigmoid_minus(-f)
-    keep = f > LOG_FORGOTTEN
+    keep = (f > LOG_FORGOTTEN) | (f != f)  # NaN stays NaN
 
     v = tl.load(v_ptr + b * stride_vb + h * stride_vh + offs_v, mask=offs_v < DHV, other=0.0).to(tl.float32)
     out = tl.zeros((BLOCK_DHV,), dtype=tl.float32)

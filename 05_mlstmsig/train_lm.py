@@ -3,7 +3,8 @@
     python 05_mlstmsig/train_lm.py --kernel sig --size base --steps 4000 --seed 0 --output runs/sig_0
     python 05_mlstmsig/train_lm.py --kernel exp --size tiny --steps 200 --output runs/tiny         a minute on a CPU
     python 05_mlstmsig/train_lm.py ... --data my_folder_of_text        instead of Python's standard library
-    python 05_mlstmsig/train_lm.py ... --resume                        goes on after a kill, with the same result
+    python 05_mlstmsig/train_lm.py ... --resume                        goes on after a kill, with the same result (but
+                                                                       for attention on a GPU: its gradients vary)
 
 The recipe is that of the TFLA paper (arXiv 2503.14376): AdamW with betas 0.9 and 0.95 and weight decay 0.1 on the
 weights of linear layers only, gradients clipped at a norm of 0.5, a linear warm-up, a cosine down to a tenth of the
@@ -147,7 +148,7 @@ def batch_of_step(text: Tensor, recipe: Recipe, step: int) -> Tensor:
 
 
 def validation_starts(text: Tensor, context: int) -> Tensor:
-    """Where the validation windows begin: at most 64, spread over the text, none over another."""
+    """Where the validation windows begin: at most 64, spread over the text; no byte is predicted twice."""
     places = (len(text) - 1) // context
     count = min(VALIDATION_WINDOWS, places)
     return torch.arange(count, device=text.device) * places // count * context
@@ -224,6 +225,9 @@ def train(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output, steps = Path(output), recipe.steps
+    for name, every in (("log_every", log_every), ("validate_every", validate_every), ("save_every", save_every)):
+        if every is not None and every < 1:
+            raise ValueError(f"{name} must be >= 1, got {every}")
     log_every, validate_every, save_every = (
         given or math.ceil(steps / share) for given, share in ((log_every, 200), (validate_every, 20), (save_every, 10))
     )

@@ -296,6 +296,18 @@ def nothing_but_padding(function, dtype, cell="exp", **options) -> None:
         assert torch.isfinite(x).all(), name
 
 
+def nan_in_a_gate_is_seen(function, dtype, T=70, t=40, **options) -> None:
+    """Nothing hides that a gate is not a number: h is none from there on, and as it was before."""
+    for gate in (3, 4):
+        inputs, *_ = make(1, 2, T, 12, 20, dtype=dtype)
+        clean = function(*inputs, **options)
+        inputs[gate][:, 1, t] = torch.nan
+        h = function(*inputs, **options)
+        assert torch.equal(h[:, :1], clean[:, :1])
+        assert torch.equal(h[:, 1, :t], clean[:, 1, :t])
+        assert h[:, 1, t:].isnan().all()
+
+
 def finite_at_extremes(function, dtype, cell="exp", **options) -> None:
     """No NaN or inf, whatever the gates: +-1e4, queries and keys of zeros, a state with a huge or tiny m."""
     for value_i in (-1e4, -50.0, 50.0, 1e4):

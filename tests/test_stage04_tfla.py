@@ -99,6 +99,10 @@ def test_causality():
     properties.causality(mlstm_tfla, TRITON_DTYPES[-1], chunk_size=64)
 
 
+def test_nan_in_a_gate_is_seen():
+    properties.nan_in_a_gate_is_seen(mlstm_tfla, TRITON_DTYPES[-1], chunk_size=64)
+
+
 def test_the_same_call_gives_the_same_bits():
     properties.the_same_call_gives_the_same_bits(mlstm_tfla, TRITON_DTYPES[-1], chunk_size=64)
 

@@ -284,6 +284,10 @@ def test_bad_calls_are_refused():
         model.cell_inputs(tokens, 2)
     with pytest.raises(ValueError, match="attention has no gates"):
         make("attention").cell_inputs(tokens, 0)
+    attention = make("attention")
+    _, state = attention.prefill(random_tokens(1, 4))
+    with pytest.raises(ValueError, match="one step each where a state of attention is given, got 2 steps"):
+        attention.stream(random_tokens(1, 2), state)
 
 
 @pytest.mark.parametrize("head_norm", [True, False])
@@ -387,6 +391,13 @@ def test_a_checkpoint_of_another_run_is_refused(text_folder, tmp_path):
     (text_folder / "part0" / "0.txt").write_text("other words, and enough of them")
     with pytest.raises(ValueError, match="another run: its data differ"):
         train(config, recipe, tmp_path / "run", data=text_folder, resume=True)
+
+
+@pytest.mark.parametrize("name", ["log_every", "validate_every", "save_every"])
+def test_intervals_are_at_least_one_step(name, text_folder, tmp_path):
+    recipe = Recipe(steps=2, batch=1, context=16, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+        train(Config(**TINY), recipe, tmp_path / "run", data=text_folder, **{name: 0})
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(text_folder, tmp_path, monkeypatch):

@@ -58,7 +58,8 @@ def label(run: dict) -> str:
         words.append("normalizer's gradient left out")
     if config["kernel"] != "attention" and config["input_gate_bias"] != -10:
         words.append(f"input gates from {config['input_gate_bias']:g}")
-    if run["recipe"]["learning_rate"] != SIZES["base"].learning_rate:
+    usual = [size.learning_rate for size in SIZES.values() if size.shape.items() <= config.items()]
+    if usual and run["recipe"]["learning_rate"] not in usual:
         words.append(f"learning rate {run['recipe']['learning_rate']:g}")
     return ", ".join(words)
 
