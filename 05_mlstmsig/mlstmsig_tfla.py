@@ -790,7 +790,8 @@ def launch_backward(
         q, dh, start, w_row, C, dC_T, dC, carry, dC_0, *q.stride()[:3], *dh.stride()[:3], T, NC, NH, L, s, **o
     )
     o = launch_options("dk", q, v, L)
-    k_dk, X_column = empty(tiles(o)[0], B, NH, T), empty(tiles(o)[0], B, NH, T)
+    assert tiles(o)[0] == q_dq.shape[0], "dgates_kernel adds up what the tiles of dq and dk left in one loop"
+    k_dk, X_column = torch.empty_like(q_dq), torch.empty_like(q_dq)
     dk_kernel[(tiles(o)[0] * triton.cdiv(T, o["BLOCK_LKV"]) * B * NH,)](
         q, k, v, dh, *gates, dC, dk, k_dk, X_column, *strides, *dk.stride()[:3], T, NC, NH, L, s, **o
     )
