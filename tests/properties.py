@@ -13,15 +13,13 @@ import mlstm_parallel
 import numpy as np
 import pytest
 import torch
-from mlstm_chunkwise import mlstm_chunkwise
-from mlstmsig_reference import gate_weights, mlstmsig_chunkwise
+from mlstmsig_reference import gate_weights
 from tfla_lab.check import TINIEST, budget, check, same_gauge, to_numpy
-from tfla_lab.forms import STATE, oracle, run_torch
+from tfla_lab.forms import CHUNKWISE, FORMS, STATE, oracle, run_torch
 from tfla_lab.inputs import REGIMES, Inputs, random_inputs, random_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GRADIENTS = ("dq", "dk", "dv", "di", "df")
 FLOATS = [torch.float64, torch.float32]
 # Triton's interpreter computes nonsense with bfloat16, so that dtype needs a GPU.
 TRITON_DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -54,9 +52,6 @@ def cases(draw, dtypes, *, max_T=80, max_D=24, regimes=tuple(REGIMES), chunk_siz
         "seed": draw(st.integers(0, 2**31)),
         "chunk_size": draw(st.sampled_from(chunk_sizes)),
     }
-
-
-CHUNKWISE = {"exp": mlstm_chunkwise, "sig": mlstmsig_chunkwise}
 
 
 def make(
@@ -336,7 +331,7 @@ def compare_with_chunkwise(
     inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime, cell=cell)
     wide = Inputs(*(x.double() for x in inputs))
     wide_state, wide_dstate = (tuple(x.double() for x in y) for y in (state, dstate))
-    expected = run_torch(CHUNKWISE[cell], wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
+    expected = run_torch(FORMS[CHUNKWISE[cell]].load(), wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
     actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
     actual = {name: x for name, x in actual.items() if name not in leave_out}
     compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size, cell=cell)
@@ -370,7 +365,7 @@ def views_are_not_copied(function, cell="exp", **options) -> None:
     for x in (q, k, v, i, f):
         x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
     h = function(q, k, v, i, f, **options)
-    expected = CHUNKWISE[cell](*(x.double() for x in (q, k, v, i, f)), chunk_size=16)
+    expected = FORMS[CHUNKWISE[cell]].load()(*(x.double() for x in (q, k, v, i, f)), chunk_size=16)
     torch.testing.assert_close(h.double(), expected, rtol=1e-4, atol=1e-5)
     v = torch.randn(B, T, NH, D, device=DEVICE).transpose(1, 2)
     assert function(q, k, v, i, f, **options).stride() == v.stride()

@@ -18,10 +18,10 @@ import triton
 from mlstm_tfla import mlstm_tfla
 from mlstmsig_reference import mlstmsig_chunkwise, mlstmsig_recurrent, mlstmsig_step
 from mlstmsig_tfla import mlstmsig_decode_step, mlstmsig_tfla
-from properties import DEVICE, GRADIENTS, INTERPRETED, ON_GPU, TRITON_DTYPES, run_python
+from properties import DEVICE, INTERPRETED, ON_GPU, TRITON_DTYPES, run_python
 from test_stage05_reference import BAD, BAD_CHUNKS
 from tfla_lab.check import check, relative_error, to_numpy
-from tfla_lab.forms import oracle, run_torch
+from tfla_lab.forms import GRADIENTS, oracle, run_torch
 from tfla_lab.inputs import random_inputs
 
 RESULTS = Path(__file__).parents[1] / "shared/results"

@@ -20,7 +20,7 @@ from mlstmsig_reference import (
 )
 from properties import DEVICE, FLOATS
 from tfla_lab.check import relative_error
-from tfla_lab.forms import oracle, run_torch
+from tfla_lab.forms import GRADIENTS, oracle, run_torch
 from tfla_lab.inputs import random_inputs
 
 make = functools.partial(properties.make, cell="sig")
@@ -139,7 +139,7 @@ def test_the_exponential_cell_becomes_this_one_as_its_input_gates_close():
         inputs, dh, *_ = make(1, 2, 60, 8, 12, with_state=False)
         inputs.i.mul_(0.1).add_(shift)
         exp, sig = run_torch(mlstm_chunkwise, inputs, dh), run_torch(mlstmsig_chunkwise, inputs, dh)
-        distances.append(max(relative_error(exp[name], sig[name]) for name in ("h", *properties.GRADIENTS)))
+        distances.append(max(relative_error(exp[name], sig[name]) for name in ("h", *GRADIENTS)))
     assert distances[0] > 1e-3  # two cells
     for far, near in itertools.pairwise(distances[:3]):
         assert near == pytest.approx(far * np.exp(-5), rel=0.3)

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from tfla_lab.check import budget, relative_error, same_gauge, to_numpy
-from tfla_lab.forms import FORMS, STATE, has_gpu, run_torch
+from tfla_lab.forms import CHUNKWISE, FORMS, GRADIENTS, STATE, has_gpu, run_torch
 from tfla_lab.inputs import Inputs
 from tfla_lab.record import describe_machine
 
@@ -97,15 +97,12 @@ def draw(B: int, NH: int, T: int, DQK: int, DHV: int, dtype: torch.dtype) -> tup
     return Inputs(q, k, v, normal(B, NH, T), normal(B, NH, T) + 3), dh
 
 
-CHUNKWISE = {"exp": "mlstm_chunkwise", "sig": "mlstmsig_chunkwise"}
-
-
 def errors(function: Callable, inputs: Inputs, dh: torch.Tensor, *, cell: str, **options) -> dict[str, float]:
     """Relative errors of the first batch entry against the chunkwise form of the cell in float64."""
     actual = run_torch(function, inputs, dh, **options)
     first = Inputs(*(x[:1].double() for x in inputs))
     expected = run_torch(FORMS[CHUNKWISE[cell]].load(), first, dh[:1].double())
-    names = ("h", "dq", "dk", "dv", "di", "df")
+    names = ("h", *GRADIENTS)
     pairs = {name: (actual[name][:1].double(), expected[name]) for name in names}
     # NaN is an error like any other, and compares as none
     return {name: float(((x - y).norm() / y.norm()).nan_to_num(torch.inf)) for name, (x, y) in pairs.items()}

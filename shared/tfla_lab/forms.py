@@ -55,8 +55,10 @@ FORMS = {
         Form("mlstmsig_tfla", "05", "mlstmsig_tfla", "triton", chunked=True, cell="sig"),
     )
 }
-# What the state of a cell consists of.
+# What the state of a cell consists of, and the form of it that is compared with where the recurrence is too slow.
 STATE = {"exp": ("C", "n", "m"), "sig": ("C",)}
+CHUNKWISE = {"exp": "mlstm_chunkwise", "sig": "mlstmsig_chunkwise"}
+GRADIENTS = ("dq", "dk", "dv", "di", "df")
 
 
 def has_gpu() -> bool:
@@ -89,7 +91,7 @@ def oracle(
     dstate = None if dstate is None else tuple(to_numpy(x) for x in dstate)
     h, final = forward(q, k, v, i, f, initial_state=state, return_state=True)
     *gradients, dstate_0 = backward(to_numpy(dh), q, k, v, i, f, initial_state=state, dstate=dstate)
-    named = dict(zip(("dq", "dk", "dv", "di", "df"), gradients, strict=True))
+    named = dict(zip(GRADIENTS, gradients, strict=True))
     named |= {f"d{part}_0": x for part, x in zip(STATE[cell], dstate_0, strict=True)}
     return {"h": h, **dict(zip(STATE[cell], final, strict=True)), **named}
 
@@ -118,6 +120,6 @@ def run_torch(
         outputs, gradients = [h, *final], [dh, *dstate]
     wanted = leaves + list(state or ())
     results = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, materialize_grads=True)
-    names = ("dq", "dk", "dv", "di", "df", "dC_0", "dn_0", "dm_0")[: len(wanted)]
-    parts = dict(zip(("C", "n", "m"), (x.detach() for x in final), strict=False))
+    names = (*GRADIENTS, *(f"d{part}_0" for part in STATE["exp"]))[: len(wanted)]
+    parts = dict(zip(STATE["exp"], (x.detach() for x in final), strict=False))
     return {"h": h.detach(), **parts, **dict(zip(names, results, strict=True))}

@@ -28,10 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tfla_lab.check import BUDGETS, CheckFailed, budget, check, relative_error, same_gauge, to_numpy
-from tfla_lab.forms import FORMS, STATE, Form, has_gpu, interpreted, oracle, run_torch
+from tfla_lab.forms import FORMS, GRADIENTS, STATE, Form, has_gpu, interpreted, oracle, run_torch
 from tfla_lab.inputs import Inputs, cast, read_text, text_inputs
 
-GRADIENTS = ("dq", "dk", "dv", "di", "df")
 MIB = 2**20
 # glibc's mallopt: {parameter (its number in malloc.h): (within freed_memory_goes_back, outside)}
 MALLOPT = {
