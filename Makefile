@@ -18,9 +18,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On a machine with a GPU.
-bench: $(READY)
+# On a machine with a GPU. Others' kernels that cannot be installed are rows that say so.
+bench: $(READY) .venv/.peers
 	$(BIN)/python -m tfla_lab.bench $(ARGS)
+
+.venv/.peers: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]' || echo "not all peers installed"
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
