@@ -131,10 +131,11 @@ def load_row_gates(start_ptr, w_row_ptr, offs_gate, mask):
 def load_border(start_ptr, w_row_ptr, s, offs_last):
     """Of a chunk's last step: start, g in two parts, and decay."""
     start = tl.load(start_ptr + offs_last)
-    # log s is taken out before exp: rounded into decay, it would add up over the chunks.
-    log_s, log_s_rest = two_parts(tl.log(tl.full((), 1.0, dtype=tl.float64) * s))
-    g = tl.load(w_row_ptr + 2 * offs_last) - log_s
-    g_rest = tl.load(w_row_ptr + 2 * offs_last + 1) - log_s_rest
+    w_row, w_row_rest = tl.load(w_row_ptr + 2 * offs_last), tl.load(w_row_ptr + 2 * offs_last + 1)
+    # log s is taken out before exp: rounded into decay, it would add up over the chunks. In float64: from a large sum
+    # in float32 it could not be taken exactly.
+    log_s = tl.log(tl.full((), 1.0, dtype=tl.float64) * s)
+    g, g_rest = two_parts(w_row.to(tl.float64) + w_row_rest.to(tl.float64) - log_s)
     return start, g, g_rest, tl.exp(tl.where(start < 0, g + g_rest, -float("inf")))
 
 

@@ -348,7 +348,7 @@ def the_same_call_gives_the_same_bits(function, dtype, cell="exp", **options) ->
 
 
 def digits_behind_one_shut_forget_gate(function, f_value, cell="exp", **options) -> None:
-    """One f of -1e4 among typical gates: a difference of float32 sums would be wrong by 1e-3 behind it."""
+    """One very low f among typical gates: with -1e4, a difference of float32 sums would be wrong by 1e-3 behind it."""
     inputs, dh, *_ = make(1, 2, 120, 8, 8, dtype=torch.float32, cell=cell)
     inputs.f[:, :, 70] = f_value
     actual = run_torch(function, inputs, dh, **options)

@@ -77,7 +77,7 @@ def test_the_same_call_gives_the_same_bits():
     properties.the_same_call_gives_the_same_bits(mlstm_limit_chunk, TRITON_DTYPES[-1], chunk_size=64)
 
 
-@pytest.mark.parametrize("f_value", [-1e4, -torch.inf])
+@pytest.mark.parametrize("f_value", [-1e4, -1e6, -torch.inf])
 def test_digits_behind_one_shut_forget_gate(f_value):
     properties.digits_behind_one_shut_forget_gate(mlstm_limit_chunk, f_value, chunk_size=128)
 

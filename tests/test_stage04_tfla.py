@@ -118,7 +118,7 @@ def test_twenty_runs_at_full_size_give_the_same_bits(chunk_size):
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("f_value", [-1e4, -torch.inf])
+@pytest.mark.parametrize("f_value", [-1e4, -1e6, -torch.inf])
 def test_digits_behind_one_shut_forget_gate(f_value):
     properties.digits_behind_one_shut_forget_gate(mlstm_tfla, f_value, chunk_size=128)
 

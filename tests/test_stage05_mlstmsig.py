@@ -163,7 +163,7 @@ def test_digits_over_many_chunks():
     check({"h": h, "C": C}, expected, verbose=False)
 
 
-@pytest.mark.parametrize("f_value", [-1e4, -torch.inf])
+@pytest.mark.parametrize("f_value", [-1e4, -1e6, -torch.inf])
 def test_digits_behind_one_shut_forget_gate(f_value):
     properties.digits_behind_one_shut_forget_gate(mlstmsig_tfla, f_value, chunk_size=128, cell="sig")
 
