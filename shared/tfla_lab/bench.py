@@ -406,7 +406,8 @@ def sweep_length(tasks: list[dict], kernel: tuple) -> int:
 
 def fastest(rows: list[dict], kernel: tuple, T: int) -> dict | None:
     """The row of the configuration to take: the fastest forward and backward, else forward; None if none ran."""
-    there = [r for r in rows if r["pass"] == "train" and r["T"] == T and same_kernel(r) == kernel and "forward_ms" in r]
+    trained = [row for row in rows if row.get("pass") == "train" and row["T"] == T and "forward_ms" in row]
+    there = [row for row in trained if same_kernel(row) == kernel]
 
     def cost(row: dict) -> tuple[bool, float]:
         return "forward_backward_ms" not in row, row.get("forward_backward_ms", row["forward_ms"])
@@ -665,7 +666,7 @@ def main(argv: list[str] | None = None) -> int:
         worker.stop()
     run(tasks, result, lambda: write(path, result) if path else None)
     show(result)
-    return 0 if all(row.get("correct") for row in result["rows"] if is_ours(row)) else 1
+    return 0 if all(row.get("correct") and not said(row) for row in result["rows"] if is_ours(row)) else 1
 
 
 if __name__ == "__main__":

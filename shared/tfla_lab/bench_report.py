@@ -1,0 +1,252 @@
+"""The benchmark's result as the README shows it: tables, and three figures over the length of the sequence.
+
+    python -m tfla_lab.bench_report [RESULT.json]
+
+writes the section between the marks in README.md, and bench_forward.svg, bench_forward_backward.svg, bench_memory.svg
+beside the result. Numbers are of the configuration that was fastest; what did not run, or ran wrong, is listed below.
+"""
+
+import argparse
+import collections
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from tfla_lab import plot
+from tfla_lab.bench import MAIN, fastest, is_ours, said, same_kernel
+from tfla_lab.peers import KERNELS, STEPS
+from tfla_lab.record import ROOT
+
+RESULTS = ROOT / "shared" / "results"
+RESULT = RESULTS / "bench_h200.json"
+README = ROOT / "README.md"
+START, END = "<!-- python -m tfla_lab.bench_report writes from here -->", "<!-- to here -->"
+SHOWN = (512, 2048, 8192, 32_768, 65_536)  # lengths in the table
+HEADLINE = 8192
+# key in a row: (file name, label of the axis)
+FIGURES = {
+    "forward_ms": ("bench_forward.svg", "forward (ms)"),
+    "forward_backward_ms": ("bench_forward_backward.svg", "forward + backward (ms)"),
+    "memory_gib": ("bench_memory.svg", "memory, forward + backward (GiB)"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+def rows_of(result: dict, kind: str, name: str, shape: tuple[int, int, int] = MAIN) -> dict[int, dict]:
+    """{length, or batch of decode: row} of a kernel beside an mLSTM of this shape: the fastest, else the first one."""
+    shape = KERNELS[name].shape(*shape) if name in KERNELS else shape
+    found = collections.defaultdict(list)
+    for row in result["rows"]:
+        if row.get("pass") == kind and row["kernel"] == name and (row["heads"], row["d_qk"], row["d_hv"]) == shape:
+            found[row["batch"] if kind == "decode" else row["T"]].append(row)
+    if kind != "train":
+        return {at: rows[0] for at, rows in sorted(found.items())}
+    return {T: fastest(rows, same_kernel(rows[0]), T) or rows[0] for T, rows in sorted(found.items())}
+
+
+def floor_ms(row: dict, result: dict) -> float:
+    """What it takes to read q, k, v once and to write h once, at the card's copy rate."""
+    size = {"float32": 4}.get(row["dtype"], 2)
+    moved = row["batch"] * row["heads"] * row["T"] * 2 * (row["d_qk"] + row["d_hv"]) * size
+    return moved / result["copy_rate_tb_s"] / 1e9
+
+
+def title(name: str) -> str:
+    words = (KERNELS | STEPS)[name].title
+    return f"**`{words.partition(' ')[0]}`** {words.partition(' ')[2]}" if is_ours({"kernel": name}) else words
+
+
+def short(row: dict) -> str:
+    """The first word of why there is no number."""
+    return said(row).partition(":")[0] or "–"
+
+
+def cell(row: dict | None) -> str:
+    """ "forward / forward + backward", in ms."""
+    if row is None:
+        return ""
+    if "forward_ms" not in row:
+        return short(row)
+    return f"{row['forward_ms']:.2f} / " + (
+        f"{row['forward_backward_ms']:.2f}" if "forward_backward_ms" in row else short(row)
+    )
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(line) + " |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *lines)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+def main_table(result: dict) -> str:
+    """A row for each kernel, at the main shape."""
+    lines = []
+    for name in KERNELS:
+        rows = rows_of(result, "train", name)
+        if rows:
+            one = rows.get(HEADLINE, {})
+            share = f"{floor_ms(one, result) / one['forward_ms']:.0%}" if "forward_ms" in one else ""
+            memory = f"{one['memory_gib']:.2f}" if "memory_gib" in one else ""
+            chunk = one.get("chunk_size") or one.get("configuration", {}).get("chunk_size", "")
+            lines.append([title(name), f"{chunk}", *(cell(rows.get(T)) for T in SHOWN), share, memory])
+    head = ["kernel", "chunk", *(f"T = {T:,}" for T in SHOWN), "of the floor", "GiB"]
+    return markdown(head, lines)
+
+
+def shapes_table(result: dict) -> str:
+    """All shapes, at one length."""
+    ours = [row for row in result["rows"] if row.get("pass") == "train" and is_ours(row)]
+    shapes = dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours)
+    lines = [
+        [title(name), *(cell(rows_of(result, "train", name, shape).get(HEADLINE)) for shape in shapes)]
+        for name in KERNELS
+        if not KERNELS[name].attention and any(rows_of(result, "train", name, shape) for shape in shapes)
+    ]
+    return markdown(["kernel", *(f"{NH} × ({DQK}, {DHV})" for NH, DQK, DHV in shapes)], lines)
+
+
+def prefill_table(result: dict) -> str:
+    """One long sequence: forward, with the state after it."""
+    found = {name: rows for name in KERNELS if (rows := rows_of(result, "prefill", name))}
+    lengths = sorted({T for rows in found.values() for T in rows})
+
+    def number(row: dict | None) -> str:
+        return "" if row is None else f"{row['forward_ms']:.2f}" if "forward_ms" in row else short(row)
+
+    lines = [[title(name), *(number(rows.get(T)) for T in lengths)] for name, rows in found.items()]
+    return markdown(["kernel", *(f"T = {T:,}" for T in lengths)], lines)
+
+
+def steps_table(result: dict) -> str:
+    """A step of generation, in µs."""
+    found = {name: rows for name in STEPS if (rows := rows_of(result, "decode", name))}
+    batches = sorted({B for rows in found.values() for B in rows})
+
+    def number(row: dict | None) -> str:
+        return "" if row is None else f"{row['step_us']:.1f}" if "step_us" in row else short(row)
+
+    lines = [[title(name), *(number(rows.get(B)) for B in batches)] for name, rows in found.items()]
+    return markdown(["step", *(f"batch {B}" for B in batches)], lines)
+
+
+def remarks(result: dict) -> str:
+    """What a reader should know of each kernel, and everything that has no number."""
+    lines = [f"- {k.title}: {k.note}." for k in KERNELS.values() if k.note and rows_of(result, "train", k.name)]
+    found = collections.defaultdict(list)
+    for row in result["rows"]:
+        if said(row):
+            chunk = row.get("chunk_size") or (row.get("configuration") or {}).get("chunk_size")
+            found[row["kernel"], row.get("pass"), chunk, short(row), "forward_ms" in row].append(row)
+    for (name, kind, chunk, _, has_forward), rows in found.items():
+        words = [(KERNELS | STEPS)[name].title]
+        if kind:
+            key = "batch" if kind == "decode" else "T"
+            shapes = dict.fromkeys(f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})" for row in rows)
+            words += [kind, f"chunk size {chunk}"] if chunk else [kind]
+            words += [*shapes, f"{key} = " + ", ".join(f"{x:,}" for x in sorted({row[key] for row in rows}))]
+        what = "forward + backward " * has_forward + said(rows[0])
+        lines.append(f"- {', '.join(words)}: {what}")
+    return "\n".join(lines)
+
+
+def section(result: dict) -> str:
+    """The README's section."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    NH, DQK, DHV = MAIN
+    return f"""## Against others' kernels
+
+65,536 tokens in bfloat16 at each length, {NH} heads with d_qk = {DQK}, d_hv = {DHV} (attention: as wide, with heads of 128).
+Milliseconds, forward / forward + backward; "of the floor" is the time that reading q, k, v once and writing h once would take at
+the copy rate measured beside it ({result["copy_rate_tb_s"]} TB/s; matrix products: {result["matrix_rate_tflop_s"]} TFLOP/s) as a share of the forward
+time at T = {HEADLINE:,}; GiB are the peak of forward + backward above the inputs, at the same length. Each kernel was checked against a
+reference in float64 before it was timed, and each peer has the fastest of its own configurations.
+
+{main_table(result)}
+
+<img src="shared/results/bench_forward.svg" alt="Time of the forward pass over the length of the sequence" width="49%"> <img src="shared/results/bench_forward_backward.svg" alt="Time of forward and backward pass over the length of the sequence" width="49%"> <img src="shared/results/bench_memory.svg" alt="Memory of forward and backward pass over the length of the sequence" width="49%">
+
+Other head dimensions, heads × (d_qk, d_hv), at T = {HEADLINE:,}:
+
+{shapes_table(result)}
+
+One long sequence, forward with the state after it, in ms:
+
+{prefill_table(result)}
+
+A step of generation, in µs, as it runs in a CUDA graph:
+
+{steps_table(result)}
+
+{remarks(result)}
+
+On an {result["device"]}, {result["date"]}, commit {result["commit"]}: {versions}. From
+[`{RESULT.name}`](shared/results/{RESULT.name}), written by `make bench`."""  # noqa: E501
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+def figure(result: dict, key: str, path: str | Path | None = None):
+    """One of FIGURES: all kernels over the length, both axes logarithmic.
+
+    Args:
+        key: what is drawn, a key of FIGURES.
+        path: where to save it, too; as SVG its bytes are the same every time.
+    """
+    costs = {}
+    for name in KERNELS:
+        rows = rows_of(result, "train", name)
+        costs[KERNELS[name].title] = list(rows), [row.get(key) for row in rows.values()]
+    deterministic = {"svg.hashsalt": key, "svg.fonttype": "path"}
+    with plt.rc_context(matplotlib.rcParamsDefault | plot.STYLE | deterministic):
+        # Placed by hand: a layout engine's last digits differ from run to run.
+        drawing = plt.figure(figsize=(7.6, 4.2))
+        ax = drawing.add_axes((0.09, 0.12, 0.55, 0.84))
+        plot.cost_over_T(costs, ylabel=FIGURES[key][1], ax=ax)
+        lines = [line for line in ax.get_lines() if len(line.get_xdata())]
+        ax.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
+        if path is not None:
+            try:
+                drawing.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
+            finally:
+                plt.close(drawing)
+    return drawing
+
+
+def insert(text: str, new: str) -> str:
+    """The README's text with a new section between the marks.
+
+    Raises:
+        ValueError: if the marks are not there.
+    """
+    if START not in text or END not in text:
+        raise ValueError(f"the text must contain the lines {START} and {END}")
+    before, after = text.partition(START)[0], text.partition(END)[2]
+    return f"{before}{START}\n{new}{chr(10) * bool(new)}{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tfla_lab.bench_report", description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path, nargs="?", default=RESULT, help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=README, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        result = json.loads(arguments.result.read_text())
+        text = insert(arguments.readme.read_text(), section(result))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    matplotlib.use("Agg")
+    for key, (name, _) in FIGURES.items():
+        figure(result, key, arguments.result.with_name(name))
+    arguments.readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
