@@ -443,7 +443,8 @@ def run(tasks: list[dict], result: dict, save: Callable[[], None], *, ask: str =
             first += [task | {"configuration": configuration} for configuration in configurations]
         else:
             rest.append(task)
-    progress = tqdm(total=len(first) + len(rest), unit="row", disable=None)
+    # In a log file a line now and then is enough.
+    progress = tqdm(total=len(first) + len(rest), unit="row", mininterval=0.1 if sys.stderr.isatty() else 20)
     run_stage(first, rows, save, progress, ask, compile_first=True)
     for number, task in enumerate(rest):
         if task["pass"] == "decode" or len(KERNELS[task["kernel"]].configurations) == 1:
@@ -605,7 +606,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --batch: must be at least 1")
     chosen = [arguments.decode] if arguments.decode else arguments.only or names
     if arguments.chunk_size:
-        without = [name for name in chosen if name in STEPS or "chunk_size" not in KERNELS[name].configurations[0]]
+        without = [name for name in chosen if name in STEPS or not KERNELS[name].chunked]
         if arguments.only and without:
             parser.error(f"argument --chunk-size: not for {', '.join(without)}")
         chosen = [name for name in chosen if name not in without]

@@ -71,6 +71,11 @@ class Kernel:
             return f"not installed: {self.install}"
         return ""
 
+    @property
+    def chunked(self) -> bool:
+        """Whether it takes a chunk size."""
+        return self.ours or "chunk_size" in self.configurations[0]
+
     def shape(self, NH: int, DQK: int, DHV: int) -> tuple[int, int, int]:
         """Heads and head dimensions with which it stands beside an mLSTM of these: of attention, the same width."""
         return (NH * DHV // 128, 128, 128) if self.attention else (NH, DQK, DHV)
@@ -274,10 +279,7 @@ FLASH_ATTENTION_3 = next(
 def _ours(name: str, title: str) -> Kernel:
     cell = FORMS[name].cell
     reference = exp_reference if cell == "exp" else sig_reference
-    return Kernel(
-        name, title, lambda: form_call(name), all_leaves, reference, true_memory, ours=True,
-        configurations=({"chunk_size": None},),
-    )  # fmt: skip
+    return Kernel(name, title, lambda: form_call(name), all_leaves, reference, true_memory, ours=True)
 
 
 NO_NORMALIZER = "the normalizer's gradient is left out: checked and timed with a gradient of h that is orthogonal to h"
