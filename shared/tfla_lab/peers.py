@@ -211,6 +211,10 @@ def form_call(name: str) -> Callable:
 def mlstm_kernels_call(specifier: str, **options) -> Callable:
     from mlstm_kernels.torch import get_mlstm_kernel
 
+    # Its gates go through torch.compile. As in a training run, each length gets code of its own; the usual limit of 8
+    # would leave the ninth without any.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 64
     kernel = get_mlstm_kernel(specifier)
 
     def call(q, k, v, i, f, return_state=False, **configuration):
