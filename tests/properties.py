@@ -152,10 +152,10 @@ def cut(inputs: Inputs, start: int | None, end: int | None) -> Inputs:
     return Inputs(*(x[:, :, start:end] for x in inputs))
 
 
-def causality(function, dtype, T=70, t=40, **options) -> None:
+def causality(function, dtype, T=70, t=40, heads=(12, 20), **options) -> None:
     """h up to step t does not change by a bit when everything after it changes, and gets no gradient from there."""
-    inputs, *_ = make(1, 2, T, 12, 20, dtype=dtype)
-    other, *_ = make(1, 2, T, 12, 20, dtype=dtype, seed=9, regime="hot")
+    inputs, *_ = make(1, 2, T, *heads, dtype=dtype)
+    other, *_ = make(1, 2, T, *heads, dtype=dtype, seed=9, regime="hot")
     mixed = Inputs(*(torch.cat([x[:, :, :t], y[:, :, t:]], dim=2) for x, y in zip(inputs, other, strict=True)))
     h, h_mixed = function(*inputs, **options), function(*mixed, **options)
     assert torch.equal(h[:, :, :t], h_mixed[:, :, :t])
@@ -168,9 +168,9 @@ def causality(function, dtype, T=70, t=40, **options) -> None:
         assert (gradients[name][:, :, :t] != 0).any(), name
 
 
-def splitting(function, dtype, T=90, t=37, regime="typical", cell="exp", **options) -> None:
+def splitting(function, dtype, T=90, t=37, regime="typical", cell="exp", heads=(12, 20), **options) -> None:
     """Two calls with the state passed on give what one call gives, gradients through the state included."""
-    inputs, dh, state, dstate = make(2, 2, T, 12, 20, dtype=dtype, regime=regime, cell=cell)
+    inputs, dh, state, dstate = make(2, 2, T, *heads, dtype=dtype, regime=regime, cell=cell)
 
     def in_two_parts(q, k, v, i, f, *, initial_state, return_state):
         x = Inputs(q, k, v, i, f)
@@ -183,10 +183,10 @@ def splitting(function, dtype, T=90, t=37, regime="typical", cell="exp", **optio
     compare_with(inputs, dh, reference, actual, dtype, state=state, dstate=dstate, cell=cell)
 
 
-def resets(function, dtype, lengths=(5, 28, 1, 41), cell="exp", **options) -> None:
+def resets(function, dtype, lengths=(5, 28, 1, 41), cell="exp", heads=(12, 20), **options) -> None:
     """f = -inf at the first step of every document of a packed sequence: the same as a call for each document."""
     T = sum(lengths)
-    inputs, dh, *_ = make(1, 2, T, 12, 20, dtype=dtype, cell=cell)
+    inputs, dh, *_ = make(1, 2, T, *heads, dtype=dtype, cell=cell)
     starts = np.cumsum((0, *lengths[:-1]))
     inputs.f[:, :, starts] = -torch.inf
     packed = run_torch(function, inputs, dh, **options)
@@ -205,9 +205,9 @@ def resets(function, dtype, lengths=(5, 28, 1, 41), cell="exp", **options) -> No
     assert torch.equal(function(*inputs, **options)[:, :, start:], function(*changed, **options)[:, :, start:])
 
 
-def padding(function, dtype, T=50, extra=27, cell="exp", **options) -> None:
+def padding(function, dtype, T=50, extra=27, cell="exp", heads=(12, 20), **options) -> None:
     """Steps with i = -inf and f = inf behind a sequence change neither its h nor its state, and get no gradient."""
-    inputs, dh, state, dstate = make(1, 2, T + extra, 12, 20, dtype=dtype, cell=cell)
+    inputs, dh, state, dstate = make(1, 2, T + extra, *heads, dtype=dtype, cell=cell)
     inputs.i[:, :, T:], inputs.f[:, :, T:], dh[:, :, T:] = -torch.inf, torch.inf, 0
     padded = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     short = oracle(cut(inputs, None, T), dh[:, :, :T], initial_state=state, dstate=dstate, cell=cell)
@@ -228,9 +228,9 @@ def gauge(function, dtype, **options) -> None:
     check({"h": function(*inputs, initial_state=shifted, **options)}, {"h": expected}, dtype=name, verbose=False)
 
 
-def linear_in_v(function, dtype, cell="exp", **options) -> None:
-    inputs, *_ = make(1, 2, 50, 12, 20, dtype=dtype, cell=cell)
-    other = make(1, 2, 50, 12, 20, dtype=dtype, seed=5, cell=cell)[0].v
+def linear_in_v(function, dtype, cell="exp", heads=(12, 20), **options) -> None:
+    inputs, *_ = make(1, 2, 50, *heads, dtype=dtype, cell=cell)
+    other = make(1, 2, 50, *heads, dtype=dtype, seed=5, cell=cell)[0].v
     name = str(dtype).removeprefix("torch.")
     # The sum is rounded to dtype before it goes in, so 2 v and v + v' with v' = v / 2 would hide nothing: use v, v'.
     total = (inputs.v.double() + other.double()).to(dtype)
@@ -238,9 +238,9 @@ def linear_in_v(function, dtype, cell="exp", **options) -> None:
     check({"h": function(*inputs._replace(v=total), **options)}, {"h": sum(parts)}, dtype=name, verbose=False)
 
 
-def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, cell="exp", **options) -> None:
+def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, cell="exp", heads=(12, 20), **options) -> None:
     """Permuting batch entries and heads permutes the result; a row alone gives what it gives inside a batch."""
-    inputs, dh, state, dstate = make(3, 2, 40, 12, 20, dtype=dtype, cell=cell)
+    inputs, dh, state, dstate = make(3, 2, 40, *heads, dtype=dtype, cell=cell)
     whole = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     turned = run_torch(
         function, Inputs(*(x.flip(0, 1) for x in inputs)), dh.flip(0, 1),
@@ -259,22 +259,22 @@ def batch_and_heads_are_independent(function, dtype, *, bitwise: bool, cell="exp
             check({name: alone[name]}, {name: x[1:2]}, verbose=False, budgets={name: 1e-12})
 
 
-def empty_sequences(function, dtype, cell="exp", **options) -> None:
+def empty_sequences(function, dtype, cell="exp", heads=(12, 20), **options) -> None:
     """T = 0 gives an empty h and the state as it was; B = 0 gives empty everything. Both have gradients."""
-    inputs, dh, state, dstate = make(2, 2, 0, 12, 20, dtype=dtype, cell=cell)
+    inputs, dh, state, dstate = make(2, 2, 0, *heads, dtype=dtype, cell=cell)
     result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
-    assert result["h"].shape == (2, 2, 0, 20)
+    assert result["h"].shape == (2, 2, 0, heads[1])
     names = (*STATE[cell], *(f"d{part}_0" for part in STATE[cell]))
     for name, x in zip(names, (*state, *dstate), strict=True):
         assert torch.equal(result[name], x), name
     _, final = function(*inputs, return_state=True, **options)
-    assert final[0].shape == (2, 2, 12, 20)
+    assert final[0].shape == (2, 2, *heads)
     assert len(final) == len(state)
     assert all((x == 0).all() for x in final)
-    inputs, dh, state, dstate = make(0, 2, 30, 12, 20, dtype=dtype, cell=cell)
+    inputs, dh, state, dstate = make(0, 2, 30, *heads, dtype=dtype, cell=cell)
     result = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
-    assert result["h"].shape == (0, 2, 30, 20)
-    assert result["dk"].shape == (0, 2, 30, 12)
+    assert result["h"].shape == (0, 2, 30, heads[1])
+    assert result["dk"].shape == (0, 2, 30, heads[0])
 
 
 def nothing_but_padding(function, dtype, cell="exp", **options) -> None:
@@ -291,10 +291,10 @@ def nothing_but_padding(function, dtype, cell="exp", **options) -> None:
         assert torch.isfinite(x).all(), name
 
 
-def nan_in_a_gate_is_seen(function, dtype, T=70, t=40, **options) -> None:
+def nan_in_a_gate_is_seen(function, dtype, T=70, t=40, heads=(12, 20), **options) -> None:
     """Nothing hides that a gate is not a number: h is none from there on, and as it was before."""
     for gate in (3, 4):
-        inputs, *_ = make(1, 2, T, 12, 20, dtype=dtype)
+        inputs, *_ = make(1, 2, T, *heads, dtype=dtype)
         clean = function(*inputs, **options)
         inputs[gate][:, 1, t] = torch.nan
         h = function(*inputs, **options)
@@ -325,14 +325,15 @@ def finite_at_extremes(function, dtype, cell="exp", **options) -> None:
 # What a Triton form must satisfy besides
 # ---------------------------------------------------------------------------------------------------------------------
 def compare_with_chunkwise(
-    function, B, NH, T, DQK, DHV, *, dtype, regime="typical", chunk_size, leave_out=(), cell="exp"
+    function, B, NH, T, DQK, DHV, *, dtype, regime="typical", chunk_size=None, leave_out=(), cell="exp"
 ) -> None:
     """A form against stage 03's chunkwise form in float64 on the same numbers: sizes at which the oracle is slow."""
     inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime, cell=cell)
     wide = Inputs(*(x.double() for x in inputs))
     wide_state, wide_dstate = (tuple(x.double() for x in y) for y in (state, dstate))
     expected = run_torch(FORMS[CHUNKWISE[cell]].load(), wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
-    actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, chunk_size=chunk_size)
+    options = {} if chunk_size is None else {"chunk_size": chunk_size}
+    actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     actual = {name: x for name, x in actual.items() if name not in leave_out}
     compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size, cell=cell)
 
@@ -371,34 +372,36 @@ def views_are_not_copied(function, cell="exp", **options) -> None:
     assert function(q, k, v, i, f, **options).stride() == v.stride()
 
 
-def gradient_of_a_sum(function, cell="exp", **options) -> None:
+def gradient_of_a_sum(function, cell="exp", dtype=torch.float32, **options) -> None:
     """h.sum() sends back a gradient whose strides are all 0."""
-    inputs, *_ = make(1, 2, 40, 8, 8, dtype=torch.float32, cell=cell)
+    inputs, *_ = make(1, 2, 40, 8, 8, dtype=dtype, cell=cell)
     leaves = [x.requires_grad_() for x in inputs]
     function(*leaves, **options).sum().backward()
     expected = oracle(inputs, torch.ones_like(inputs.v), cell=cell)
-    check({"dq": leaves[0].grad, "df": leaves[4].grad}, expected, verbose=False)
+    name = str(dtype).removeprefix("torch.")
+    check({"dq": leaves[0].grad, "df": leaves[4].grad}, expected, dtype=name, verbose=False)
 
 
-def only_the_state_is_used(function, cell="exp", **options) -> None:
-    inputs, dh, state, dstate = make(1, 2, 40, 8, 8, dtype=torch.float32, cell=cell)
+def only_the_state_is_used(function, cell="exp", dtype=torch.float32, **options) -> None:
+    inputs, dh, state, dstate = make(1, 2, 40, 8, 8, dtype=dtype, cell=cell)
     leaves = [x.requires_grad_() for x in inputs]
     _, final = function(*leaves, initial_state=state, return_state=True, **options)
     (final[0] * dstate[0]).sum().backward()
     zero = [torch.zeros_like(x) for x in dstate[1:]]
     expected = oracle(inputs, torch.zeros_like(dh), initial_state=state, dstate=(dstate[0], *zero), cell=cell)
-    check({n: leaves[j].grad for j, n in enumerate(("dk", "dv", "di", "df"), start=1)}, expected, verbose=False)
+    gradients = {n: leaves[j].grad for j, n in enumerate(("dk", "dv", "di", "df"), start=1)}
+    check(gradients, expected, dtype=str(dtype).removeprefix("torch."), verbose=False)
 
 
-def gates_in_either_dtype(function, gate_dtype, cell="exp", **options) -> None:
-    inputs, dh, *_ = make(1, 2, 40, 8, 8, dtype=torch.float16, cell=cell)
+def gates_in_either_dtype(function, gate_dtype, cell="exp", dtype=torch.float16, **options) -> None:
+    inputs, dh, *_ = make(1, 2, 40, 8, 8, dtype=dtype, cell=cell)
     inputs = inputs._replace(i=inputs.i.to(gate_dtype), f=inputs.f.to(gate_dtype))
     actual = run_torch(function, inputs, dh, **options)
     assert actual["di"].dtype == actual["df"].dtype == gate_dtype
-    compare_with(inputs, dh, oracle(inputs, dh, cell=cell), actual, torch.float16, cell=cell)
+    compare_with(inputs, dh, oracle(inputs, dh, cell=cell), actual, dtype, cell=cell)
 
 
-def one_graph(function, dynamic, cell="exp", **options) -> None:
+def one_graph(function, dynamic, cell="exp", dtype=torch.float32, **options) -> None:
     """torch.compile: no breaks, states and gradients included, and for other lengths too."""
 
     def model(q, k, v, i, f, state):
@@ -407,7 +410,7 @@ def one_graph(function, dynamic, cell="exp", **options) -> None:
 
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for T in (40, 56):
-        inputs, dh, state, _ = make(1, 2, T, 8, 8, dtype=torch.float32, cell=cell)
+        inputs, dh, state, _ = make(1, 2, T, 8, 8, dtype=dtype, cell=cell)
         results = []
         for form in (model, compiled):
             leaves = [x.clone().requires_grad_() for x in (*inputs, *state)]
@@ -432,9 +435,9 @@ def offsets_beyond_2_to_the_31(function) -> None:
     assert all(torch.equal(y[-1:, -1:], z) for y, z in zip(final, final_end, strict=True))
 
 
-def more_heads_than_a_grid_axis_may_have(function, cell="exp", **options) -> None:
+def more_heads_than_a_grid_axis_may_have(function, cell="exp", dtype=torch.float32, **options) -> None:
     """CUDA allows 65,535 programs along the second axis of a grid."""
-    inputs, dh, state, dstate = make(70_000, 1, 4, 8, 8, dtype=torch.float32, cell=cell)
+    inputs, dh, state, dstate = make(70_000, 1, 4, 8, 8, dtype=dtype, cell=cell)
     whole = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
     last = Inputs(*(x[-2:] for x in inputs)), dh[-2:]
     states = {"initial_state": [x[-2:] for x in state], "dstate": [x[-2:] for x in dstate]}

@@ -51,6 +51,9 @@ class Launch:
                 continue
             if isinstance(value, torch.Tensor):
                 self.signature[name] = pointer[value.dtype]
+            elif hasattr(value, "block_shape"):
+                kind = pointer[value.base.dtype][1:]
+                self.signature[name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
             else:
                 self.signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
             if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
@@ -64,7 +67,10 @@ class Launch:
         from triton.backends.compiler import GPUTarget
 
         backend, arch, warp_size, limit = TARGETS[target]
-        source = triton.compiler.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+        source_type = triton.compiler.ASTSource
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as source_type
+        source = source_type(self.kernel, self.signature, self.constexprs, self.attrs)
         compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=self.options)
         row = {"kernel": self.kernel.fn.__name__, "shared": compiled.metadata.shared, "limit": limit}
         if backend == "cuda":
@@ -159,7 +165,25 @@ def mlstmsig_tfla(stage, dtype: str):
         yield f"{dtype} {DQK}/{DHV} L={L}", launches
 
 
-FILES = {function.__name__: function for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode, mlstmsig_tfla)}
+def mlstmsig_hopper(stage, dtype: str):
+    """In bfloat16 alone; a kernel for each power of two that the heads fit into."""
+    if dtype != "bfloat16":
+        return
+    for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
+        (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV)
+        with catch_launches() as launches:
+            for start in (C_0, None):
+                _, _, *saved = stage.launch_forward(*x, start)
+                stage.launch_backward(h, start, *x, start, *saved)
+        yield f"{dtype} {DQK}/{DHV}", launches
+
+
+FILES = {
+    function.__name__: function
+    for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode, mlstmsig_tfla, mlstmsig_hopper)
+}
+# Files that are for some targets alone.
+ONLY = {"mlstmsig_hopper": ("sm_90",)}
 
 
 class catch_launches:
@@ -236,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         for file in arguments.file or FILES
         for target in arguments.target or TARGETS
         for dtype in arguments.dtype or DTYPES
+        if target in ONLY.get(file, TARGETS)
     ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         rows = [row for result in pool.map(compile_dtype, *zip(*jobs, strict=True)) for row in result]

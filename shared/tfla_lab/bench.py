@@ -83,18 +83,27 @@ def median_ms(function: Callable[[], object], *, seconds: float = 0.15, least: i
 
 
 def kernel_ms(function: Callable[[], object], repeats: int = 15) -> dict[str, float]:
-    """Median run time of every Triton kernel that the function launches, in milliseconds, by name."""
+    """Median run time of every Triton kernel that the function launches, in milliseconds, by name.
+
+    The second launch of a kernel within one call is "name, 2".
+    """
     import triton
 
-    events: dict[str, list[tuple]] = {}
+    events: dict[str, list[list]] = {}
+    launched: list[str] = []
+    running: list[list] = []
 
     def enter(launch) -> None:
+        name = launch.get()["name"].removesuffix("_kernel")
+        launched.append(name)
+        key = f"{name}, {launched.count(name)}" if launched.count(name) > 1 else name
         pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events.setdefault(launch.get()["name"].removesuffix("_kernel"), []).append(pair)
+        events.setdefault(key, []).append(pair)
+        running.append(pair)
         pair[0].record()
 
     def leave(launch) -> None:
-        events[launch.get()["name"].removesuffix("_kernel")][-1][1].record()
+        running.pop()[1].record()
 
     hooks = triton.knobs.runtime
     hooks.launch_enter_hook.add(enter)
@@ -102,6 +111,7 @@ def kernel_ms(function: Callable[[], object], repeats: int = 15) -> dict[str, fl
     try:
         for _ in range(repeats):
             torch.cuda._sleep(2_000_000)  # a millisecond: the launches queue up, and no gap between them is measured
+            launched.clear()
             function()
             torch.cuda.synchronize()
     finally:
@@ -181,7 +191,7 @@ def right(kernel: Kernel, found: dict[str, float], dtype: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 def start_row(name: str, T: int, B: int, NH: int, DQK: int, DHV: int, dtype: torch.dtype, configuration: dict) -> dict:
     row = {"kernel": name, "T": T, "batch": B, "heads": NH, "d_qk": DQK, "d_hv": DHV}
-    if KERNELS[name].ours:
+    if KERNELS[name].ours and name in FORMS:
         row["chunk_size"] = configuration.get("chunk_size") or default_chunk_size(name, DQK, DHV)
     return row | {"dtype": str(dtype).removeprefix("torch.")}
 

@@ -197,9 +197,9 @@ def attention_leaves_bthd(x: Inputs) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # How each is called
 # ---------------------------------------------------------------------------------------------------------------------
-def form_call(name: str) -> Callable:
-    """A form of this repository."""
-    function = FORMS[name].load()
+def own_call(module: str, name: str) -> Callable:
+    """A function of this repository."""
+    function = getattr(importlib.import_module(module), name)
 
     def call(*leaves: Tensor, return_state: bool = False, **configuration):
         result = function(*leaves, return_state=return_state, **configuration)
@@ -281,9 +281,8 @@ FLASH_ATTENTION_3 = next(
 
 
 def _ours(name: str, title: str) -> Kernel:
-    cell = FORMS[name].cell
-    reference = exp_reference if cell == "exp" else sig_reference
-    return Kernel(name, title, lambda: form_call(name), all_leaves, reference, true_memory, ours=True)
+    reference = sig_reference if name.startswith("mlstmsig") else exp_reference
+    return Kernel(name, title, lambda: own_call(name, name), all_leaves, reference, true_memory, ours=True)
 
 
 NO_NORMALIZER = "the normalizer's gradient is left out: checked and timed with a gradient of h that is orthogonal to h"
@@ -299,6 +298,7 @@ KERNELS = {
         _ours("mlstm_limit_chunk", "mlstm_limit_chunk (03)"),
         _ours("mlstm_tfla", "mlstm_tfla (04)"),
         _ours("mlstmsig_tfla", "mlstmsig_tfla (05)"),
+        _ours("mlstmsig_hopper", "mlstmsig_hopper (05)"),
         Kernel(
             "mlstm_kernels_exp_limit", "mlstm_kernels exp, limit chunk",
             lambda: mlstm_kernels_call("chunkwise--triton_limit_chunk"),

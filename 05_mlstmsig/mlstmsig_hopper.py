@@ -1,0 +1,781 @@
+"""Stage 05: the mLSTMsig on Hopper GPUs (H100, H200) in bfloat16, forward and backward, in Gluon, Triton's lower level.
+
+mlstmsig_tfla.py beside this file computes the same on any GPU. There, a chunk is cut into tiles of an L x L matrix, and
+the states between chunks go through memory. Here a program walks along a whole sequence in tiles of 64 steps and keeps
+the state on chip: TFLA (arXiv 2503.14376) with its inner level made recurrent. Work stays linear in T, no state is
+written and read again, and everything comes from memory once. Of a tile, with P = Q K^T * Wr:
+
+    forward, tile by tile            backward, from the last tile to the first
+    H  = w_read * (Q C) + P V        dV = w_end * (K dC) + P^T dH
+    C <- decay C + (w_end * K)^T V   dK = w_end * (V dC^T) + dP^T Q,    dP = dH V^T * Wr
+                                     dC <- decay dC + (w_read * Q)^T dH
+    and once more for the gradient of the queries:  dQ = w_read * (dH C^T) + dP K
+
+So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
+
+The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
+
+    load     one warp: has the copy engine (TMA) bring tile after tile into a ring of buffers
+    scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
+    state    the others: keep the state in their registers, multiply with it, and add to it
+
+Glossary (name in code = symbol = shape):
+    b        sum of log sigmoid(f) since the tile began, without resets
+    gates    of each tile of 64 steps eight rows in float32: log2 of s e^b; log2 of sigmoid(i) e^-b; start and end,
+             where in the tile step i's document begins and step j's ends; w_read = s e^b; w_end = sigmoid(i) e^(g - b)
+             with g the last b; decay = e^g; an empty row                     (B * NH * tiles * 8, 64)
+    Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
+    borders  C^T as every 16th tile finds it, for the gradients of the gates  (B, NH, borders, DHV, DQK)  bfloat16
+
+Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstmsig_tfla.py has them all).
+
+Copy this file: it needs torch and triton, 3.6 or newer.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError as error:
+    raise ImportError(
+        "mlstmsig_hopper.py needs Triton 3.6 or newer. mlstmsig_reference.py beside it computes the same without it."
+    ) from error
+
+__all__ = ["mlstmsig_hopper"]
+
+State = tuple[Tensor]
+
+# Steps in a tile, and tiles from one stored state to the next.
+BLOCK = 64
+BORDER = 16
+# A forget gate below this begins a new document: e^-110 is 0 in float32, so that nothing is lost but the digits that
+# b would lose behind it.
+FORGOTTEN = tl.constexpr(-110.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 03_chunkwise/mlstm_limit_chunk.py::head
+@triton.jit
+def head(ptr, bh, NH, stride_b, stride_h):
+    """Where head bh = b * NH + h of a (B, NH, ...) tensor begins."""
+    return ptr + bh // NH * stride_b + bh % NH * stride_h
+
+
+@triton.jit
+def later(start_1, start_2):
+    return tl.maximum(start_1, start_2)
+
+
+@triton.jit
+def sooner(end_1, end_2):
+    return tl.minimum(end_1, end_2)
+
+
+@triton.jit
+def log_sigmoid(x):
+    """In float64, where nothing visible is lost in 1 + e^-|x|."""
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def gates_kernel(
+    i_ptr, f_ptr, gates_ptr,
+    stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
+    T, NT, NH, s, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The rows of gates of some tiles, side by side. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
+    groups = tl.cdiv(NT, TILES)
+    bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    tile = group * TILES + tl.arange(0, TILES)
+    offs_l = tl.arange(0, BLOCK)[None, :]
+    offs_t = (tile[:, None] * BLOCK + offs_l).to(tl.int64)  # (TILES, BLOCK)
+    i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
+    i = tl.load(i_ptr + offs_t * stride_it, mask=offs_t < T, other=-float("inf")).to(tl.float64)
+    f = tl.load(f_ptr + offs_t * stride_ft, mask=offs_t < T, other=float("inf")).to(tl.float64)
+    has_next = (offs_l < BLOCK - 1) & (offs_t + 1 < T)
+    f_next = tl.load(f_ptr + (offs_t + 1) * stride_ft, mask=has_next, other=0.0).to(tl.float32)
+
+    reset = f < FORGOTTEN
+    b = tl.cumsum(tl.where(reset, 0.0, log_sigmoid(f)), 1)
+    u = log_sigmoid(i) - b
+    start = tl.associative_scan(tl.where(reset, offs_l, -1), 1, later)
+    end = tl.associative_scan(tl.where(f_next < FORGOTTEN, offs_l + 1, BLOCK), 1, sooner, reverse=True)
+    g = tl.sum(tl.where(offs_l == BLOCK - 1, b, 0.0), axis=1)[:, None]
+    start_last = tl.max(start, axis=1)[:, None]
+    w_read = tl.where(start < 0, tl.exp(b.to(tl.float32)) * s, 0.0)
+    w_end = tl.where(offs_l >= start_last, tl.exp((g + u).to(tl.float32)), 0.0)
+    decay = tl.where(start_last < 0, tl.exp(g.to(tl.float32)), 0.0)
+    log_s = tl.log(tl.full((), 1.0, dtype=tl.float64) * s)
+
+    row, mask = gates_ptr + (bh * NT + tile[:, None]) * 8 * BLOCK + offs_l, tile[:, None] < NT
+    tl.store(row, ((log_s + b) * LOG2_E).to(tl.float32), mask=mask)
+    tl.store(row + BLOCK, (u * LOG2_E).to(tl.float32), mask=mask)
+    tl.store(row + 2 * BLOCK, start.to(tl.float32), mask=mask)
+    tl.store(row + 3 * BLOCK, end.to(tl.float32), mask=mask)
+    tl.store(row + 4 * BLOCK, w_read, mask=mask)
+    tl.store(row + 5 * BLOCK, w_end, mask=mask)
+    tl.store(row + 6 * BLOCK, decay + tl.zeros_like(w_end), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of both kernels. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
+# exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def tile_at(n, NT, BACKWARD: gl.constexpr):
+    """The tile that comes n-th."""
+    return NT - 1 - n if BACKWARD else n
+
+
+@gluon.jit
+def gate_rows(gates_smem, stage, BLOCK: gl.constexpr):
+    """The rows of gates in a buffer, each a vector in plain order."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gates_smem.index(stage)._reinterpret(gl.float32, [8, BLOCK], layout)
+
+
+@gluon.jit
+def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """scores * Wr, with steps i as rows and j as columns; backward: scores * Wr^T.
+
+    Either way a document is seen by the row's own bound, so that the columns need one number each: log2 of their part.
+    The exponent is masked, not the product: elsewhere it may be huge.
+    """
+    row = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))[None, :]
+    own, other = (1, 0) if BACKWARD else (0, 1)
+    exponent = rows.index(own).load(gl.SliceLayout(1, layout))[:, None]
+    exponent += rows.index(other).load(gl.SliceLayout(0, layout))[None, :]
+    bound = rows.index(3 if BACKWARD else 2).load(gl.SliceLayout(1, layout)).to(gl.int32)[:, None]
+    if BACKWARD:
+        mask = (column >= row) & (column < bound)
+    else:
+        mask = (column <= row) & (column >= bound)
+    return scores * gl.exp2(gl.where(mask, exponent, -float("inf")))
+
+
+@gluon.jit
+def scores_partition(
+    a_smem, b_smem, gates_smem, P_smem, full, empty, P_full, P_empty,
+    NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16, for the state's warps."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    for n in range(NT):
+        stage, P_stage = n % STAGES, n % P_STAGES
+        mbarrier.wait(full.index(stage), n // STAGES & 1)
+        a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+        scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        P = apply_gates(scores, gate_rows(gates_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
+        mbarrier.wait(P_empty.index(P_stage), (n // P_STAGES & 1) ^ 1)
+        P_smem.index(P_stage).store(P.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_full.index(P_stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def weighted_keys(b, weight):
+    """The rows of a tile in shared memory times their weights, in bfloat16, in registers."""
+    D: gl.constexpr = b.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    weight = weight.load(gl.SliceLayout(1, layout))[:, None]
+    return (b.load(layout).to(gl.float32) * weight).to(gl.bfloat16)
+
+
+@gluon.jit
+def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
+    """A tile of C^T (BV x BK) from C (DQK x DHV) in float32; 0 outside of it, or where there is none."""
+    if ptr is None:
+        return gl.zeros([BV, BK], gl.float32, layout=layout)
+    else:
+        v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
+        k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
+        return gl.load(ptr + k * DHV + v, mask=(v < DHV) & (k < DQK), other=0.0)
+
+
+@gluon.jit
+def store_state(ptr, C, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
+    v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
+    k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
+    gl.store(ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
+
+
+@gluon.jit
+def new_barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(count):
+        mbarrier.init(barriers.index(number), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def ring(descriptor, STAGES: gl.constexpr):
+    return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# h and dv
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def keys_load_partition(
+    a_desc, b_desc, x_desc, gates_desc, a_smem, b_smem, x_smem, gates_smem, full, empty,
+    batch, head_, bh, first_v, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    for n in range(NT):
+        stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
+        mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
+        barrier = full.index(stage)
+        size: gl.constexpr = a_desc.block_type.nbytes + b_desc.block_type.nbytes + x_desc.block_type.nbytes
+        mbarrier.expect(barrier, size + gates_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(gates_desc, [(bh * NT + tile) * 8, 0], barrier, gates_smem.index(stage))
+        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
+        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, 0], barrier, b_smem.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_v], barrier, x_smem.index(stage))
+
+
+@gluon.jit
+def keys_state_partition(
+    y_desc, gates_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
+    a_smem, b_smem, x_smem, gates_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
+    batch, head_, bh, first_v, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr,
+    DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+    P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps a tile of C^T (BV x BK) in registers, where a matrix product can read its left operand."""
+    WARPS: gl.constexpr = gl.num_warps()
+    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
+    READ: gl.constexpr = 5 if BACKWARD else 4  # the rows of gates with the weights for reading from the state,
+    WRITE: gl.constexpr = 4 if BACKWARD else 5  # and for adding to it
+    C = load_state(first_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+    zero = gl.zeros([BV, BLOCK], gl.float32, layout=layout_y)
+    v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
+    k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
+    inside = (v < DHV) & (k < DQK)
+    for n in range(NT):
+        stage, P_stage, tile = n % STAGES, n % P_STAGES, tile_at(n, NT, BACKWARD)
+        decay = gl.load(gates_ptr + ((bh * NT + tile) * 8 + 6) * BLOCK)
+        if not BACKWARD and tile % BORDER == 0:
+            gl.store(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, C.to(gl.bfloat16), mask=inside)
+        C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
+        mbarrier.wait(full.index(stage), n // STAGES & 1)
+        a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
+        x = x_smem.index(stage).reshape([BLOCK, BV]).permute((1, 0))
+        rows = gate_rows(gates_smem, stage, BLOCK)
+
+        y = warpgroup_mma(C_operand, a.permute((1, 0)), zero, use_acc=False, is_async=True)  # (BV, BLOCK)
+        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
+        fence_async_shared()
+        read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
+        C = C * decay
+        mbarrier.wait(P_full.index(P_stage), n // P_STAGES & 1)
+        y = warpgroup_mma_wait(0, deps=[y])
+        y = warpgroup_mma(x, P_smem.index(P_stage).permute((1, 0)), y * read, is_async=True)
+        C = warpgroup_mma(x, weighted_smem, C, is_async=True)
+        y = warpgroup_mma_wait(1, deps=[y])
+        tma.store_wait(0)  # the last tile's y has left its buffer
+        y_smem.reshape([BLOCK, BV]).permute((1, 0)).store(y.to(gl.bfloat16))
+        fence_async_shared()
+        C = warpgroup_mma_wait(0, deps=[C])
+        mbarrier.arrive(P_empty.index(P_stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_v], y_smem)
+        if BACKWARD and tile % BORDER == 0:
+            border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
+            gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
+    tma.store_wait(0)
+    store_state(last_ptr, C, first_v, 0, DQK, DHV, BV, BK, layout_C)
+
+
+@gluon.jit
+def state_times_keys_kernel(
+    a_desc, b_desc, x_desc, y_desc, gates_desc, gates_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
+    NT, NH, BH, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
+    DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y. Grid: (tiles of DHV) * B * NH.
+
+    forward     A, B, X, Y = Q, K, V, H: also stores C at every BORDER-th tile
+    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also forms the tile's part of <C, dC> at these borders
+    """
+    TILES: gl.constexpr = (DHV + BV - 1) // BV
+    tile_v, bh = gl.program_id(0) % TILES, (gl.program_id(0) // TILES).to(gl.int64)
+    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
+    borders = (NT + BORDER - 1) // BORDER
+    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
+    gates_smem = ring(gates_desc, STAGES)
+    square: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], square)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], square)
+    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
+    fence_async_shared()
+    if first_ptr is not None:
+        first_ptr += bh * DQK * DHV
+    last_ptr += bh * DQK * DHV
+    border_ptr += bh * borders * DQK * DHV
+    if carry_ptr is not None:
+        carry_ptr += (tile_v * BH + bh) * borders
+    gl.warp_specialize(
+        [
+            (
+                keys_state_partition,
+                (
+                    y_desc, gates_ptr, first_ptr, last_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, gates_smem,
+                    P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_, bh, tile_v * BV, NT,
+                    BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
+                ),
+            ),
+            (
+                scores_partition,
+                (
+                    a_smem, b_smem, gates_smem, P_smem, full, empty, P_full, P_empty, NT, BACKWARD, BLOCK, BK, STAGES,
+                    P_STAGES,
+                ),
+            ),
+            (
+                keys_load_partition,
+                (
+                    a_desc, b_desc, x_desc, gates_desc, a_smem, b_smem, x_smem, gates_smem, full, empty, batch, head_,
+                    bh.to(gl.int32), tile_v * BV, NT, BACKWARD, BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [104, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dq and dk
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def values_load_partition(
+    a_desc, b_desc, x_desc, own_desc, gates_desc, a_smem, b_smem, x_smem, own_smem, gates_smem, full, empty,
+    batch, head_, bh, first_k, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    for n in range(NT):
+        stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
+        mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
+        barrier = full.index(stage)
+        size: gl.constexpr = a_desc.block_type.nbytes + x_desc.block_type.nbytes + 2 * b_desc.block_type.nbytes
+        mbarrier.expect(barrier, size + gates_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(gates_desc, [(bh * NT + tile) * 8, 0], barrier, gates_smem.index(stage))
+        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, 0], barrier, x_smem.index(stage))
+        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_k], barrier, b_smem.index(stage))
+        tma.async_copy_global_to_shared(own_desc, [batch, head_, tile * BLOCK, first_k], barrier, own_smem.index(stage))
+
+
+@gluon.jit
+def values_state_partition(
+    y_desc, own_y_ptr, gates_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, gates_smem, P_smem, weighted_smem,
+    C_smem, y_smem, full, empty, P_full, P_empty,
+    batch, head_, bh, first_k, T, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr,
+    DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps a tile of C^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
+    WARPS: gl.constexpr = gl.num_warps()
+    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
+    READ: gl.constexpr = 5 if BACKWARD else 4
+    WRITE: gl.constexpr = 4 if BACKWARD else 5
+    C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
+    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
+    for n in range(NT):
+        stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
+        decay = gl.load(gates_ptr + ((bh * NT + tile) * 8 + 6) * BLOCK)
+        C_smem.store(C.to(gl.bfloat16))
+        mbarrier.wait(full.index(stage), n // STAGES & 1)
+        a, b = a_smem.index(stage).reshape([BLOCK, BV]), b_smem.index(stage).reshape([BLOCK, BK])
+        x, own = x_smem.index(stage).reshape([BLOCK, BV]), own_smem.index(stage).reshape([BLOCK, BK])
+        rows = gate_rows(gates_smem, stage, BLOCK)
+        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))
+        fence_async_shared()
+        C = C * decay
+        read = rows.index(READ).load(gl.SliceLayout(1, layout_y))[:, None]
+
+        y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
+        C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
+        mbarrier.wait(P_full.index(0), n & 1)
+        y = warpgroup_mma_wait(1, deps=[y])
+        y = warpgroup_mma(P_smem.index(0), b, y * read, is_async=True)
+        y, C = warpgroup_mma_wait(0, deps=[y, C])
+        # q . dq or k . dk, from the accumulator, before dq or dk is rounded
+        own_y = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
+        offs_t = tile * BLOCK + offs_l
+        gl.store(own_y_ptr + offs_t, own_y, mask=offs_t < T)
+        tma.store_wait(0)
+        y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_empty.index(0), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_k], y_smem)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def state_times_values_kernel(
+    a_desc, b_desc, x_desc, own_desc, y_desc, own_y_ptr, gates_desc, gates_ptr, first_ptr,
+    T, NT, NH, BH, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Y = read * (A C^T) + P B, C <- decay C + (write * B)^T X, P = A X^T * Wr. Grid: (tiles of DQK) * B * NH.
+
+    forward     A, B, X, Y = dH, K, V, dQ
+    backward    A, B, X, Y = V, Q, dH, dK, and C is dC
+    """
+    TILES: gl.constexpr = (DQK + BK - 1) // BK
+    tile_k, bh = gl.program_id(0) % TILES, (gl.program_id(0) // TILES).to(gl.int64)
+    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
+    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
+    own_smem, gates_smem = ring(own_desc, STAGES), ring(gates_desc, STAGES)
+    square: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], square)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], square)
+    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], square)
+    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
+    fence_async_shared()
+    if first_ptr is not None:
+        first_ptr += bh * DQK * DHV
+    own_y_ptr += (tile_k * BH + bh) * T
+    gl.warp_specialize(
+        [
+            (
+                values_state_partition,
+                (
+                    y_desc, own_y_ptr, gates_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, gates_smem, P_smem,
+                    weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_, bh, tile_k * BK, T, NT,
+                    BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
+                ),
+            ),
+            (
+                scores_partition,
+                (
+                    a_smem, x_smem, gates_smem, P_smem, full, empty, P_full, P_empty, NT, BACKWARD, BLOCK, BV, STAGES,
+                    1,
+                ),
+            ),
+            (
+                values_load_partition,
+                (
+                    a_desc, b_desc, x_desc, own_desc, gates_desc, a_smem, b_smem, x_smem, own_smem, gates_smem, full,
+                    empty, batch, head_, bh.to(gl.int32), tile_k * BK, NT, BACKWARD, BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [104, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients of the gates
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 05_mlstmsig/mlstmsig_tfla.py::sigmoid_minus
+@triton.jit
+def sigmoid_minus(x):
+    """sigmoid(-x) = d log sigmoid(x) / dx, with all its digits where it is small."""
+    return tl.exp(tl.minimum(-x, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def dgates_kernel(
+    i_ptr, f_ptr, q_dq_ptr, k_dk_ptr, carry_ptr, di_ptr, df_ptr,
+    stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
+    stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
+    T, NH, BH, TILES_K, TILES_V, STEPS: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """di and df of the STEPS steps from one border to the next. Grid: borders * B * NH. Loop: BLOCK_L steps at a time.
+
+    di_bar is k . dk. f_t weakens everything that crosses step t. At a border that is <C, dC>. From step to step, what
+    ended in h_t crosses no more, and what k_t v_t gave to later steps does so from now on:
+      df_bar_(t+1) = df_bar_t - q_t . dq_t + k_t . dk_t
+    As one sum over the whole sequence it would be a small difference of large numbers.
+    """
+    borders = tl.cdiv(T, STEPS)
+    bh, c = (tl.program_id(0) // borders).to(tl.int64), tl.program_id(0) % borders
+    i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
+    di_ptr, df_ptr = head(di_ptr, bh, NH, stride_dib, stride_dih), head(df_ptr, bh, NH, stride_dfb, stride_dfh)
+
+    df_bar_first = tl.full((), 0.0, dtype=tl.float64)
+    for tile in range(TILES_V):
+        df_bar_first += tl.load(carry_ptr + (tile * BH + bh) * borders + c).to(tl.float64)
+    for first in range(0, tl.minimum(STEPS, T - c * STEPS), BLOCK_L):
+        offs_t = (c * STEPS + first + tl.arange(0, BLOCK_L)).to(tl.int64)
+        mask = offs_t < T
+        change, di_bar = tl.zeros((BLOCK_L,), dtype=tl.float64), tl.zeros((BLOCK_L,), dtype=tl.float32)
+        for tile in range(TILES_K):
+            offs = (tile * BH + bh) * T + offs_t
+            k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
+            change += k_dk.to(tl.float64) - tl.load(q_dq_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+            di_bar += k_dk
+        df_bar = (df_bar_first + tl.cumsum(change, 0) - change).to(tl.float32)
+        df_bar_first += tl.sum(change, axis=0)
+
+        i = tl.load(i_ptr + offs_t * stride_it, mask=mask, other=0.0).to(tl.float32)
+        f = tl.load(f_ptr + offs_t * stride_ft, mask=mask, other=0.0).to(tl.float32)
+        df = tl.where(f == -float("inf"), 0.0, df_bar * sigmoid_minus(f))
+        tl.store(di_ptr + offs_t * stride_dit, (di_bar * sigmoid_minus(i)).to(di_ptr.dtype.element_ty), mask=mask)
+        tl.store(df_ptr + offs_t * stride_dft, df.to(df_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------
+def describe(x: Tensor, columns: int) -> TensorDescriptor:
+    """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
+    block = [1, 1, BLOCK, columns]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 4))
+
+
+def describe_gates(gates: Tensor) -> TensorDescriptor:
+    return TensorDescriptor(gates, list(gates.shape), [BLOCK, 1], [8, BLOCK], gl.NVMMASharedLayout(0, 32, 2))
+
+
+def copy_engine_reads(x: Tensor) -> bool:
+    """It wants multiples of 16 bytes: where x begins, and from one row, head and sequence to the next."""
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+
+
+def keys_options(DQK: int, DHV: int) -> dict:
+    """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers."""
+    wide = DHV > 64
+    return {
+        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": 128 if DQK > 64 else 64,
+        "BV": 128 if wide else 64, "STAGES": 3, "P_STAGES": 2, "num_warps": 8 if wide else 4,
+    }  # fmt: skip
+
+
+def values_options(DQK: int, DHV: int) -> dict:
+    """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
+    BV = max(64, triton.next_power_of_2(DHV))
+    return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
+
+
+def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what the forward pass keeps: gates, and C^T at the borders."""
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    NT = (T + BLOCK - 1) // BLOCK
+    borders = (NT + BORDER - 1) // BORDER
+    return [((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, borders, DHV, DQK), torch.bfloat16)]
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, the final state, and what the backward pass will need."""
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    NT, TILES = triton.cdiv(T, BLOCK), 8
+    h, C_0 = torch.empty_like(v), None if C_0 is None else C_0.contiguous()
+    C_T = torch.empty(B, NH, DQK, DHV, dtype=torch.float32, device=q.device)
+    gates, borders = (torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v))
+    if h.numel() == 0:
+        return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), gates, borders
+    gates_kernel[(triton.cdiv(NT, TILES) * B * NH,)](
+        i, f, gates, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, TILES, num_warps=4
+    )
+    o = keys_options(DQK, DHV)
+    keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
+    state_times_keys_kernel[(triton.cdiv(DHV, o["BV"]) * B * NH,)](
+        keys(q), keys(k), values(v), values(h), describe_gates(gates), gates, C_0, C_T, borders, None,
+        NT, NH, B * NH, BACKWARD=False, **o,
+    )  # fmt: skip
+    return h, C_T, gates, borders
+
+
+def launch_backward(
+    dh: Tensor, dC_T: Tensor | None, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None,
+    gates: Tensor, borders: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, di, df, dC_0."""
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    NT = triton.cdiv(T, BLOCK)
+    dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    dC_0 = empty(B, NH, DQK, DHV)
+    if dh.numel() == 0:
+        return dq, dk, dv, di, df, dC_0.zero_() if dC_T is None else dC_0.copy_(dC_T)
+    dh = dh if copy_engine_reads(dh) else dh.contiguous()
+    C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
+    o = keys_options(DQK, DHV)
+    tiles_v, gates_ = triton.cdiv(DHV, o["BV"]), describe_gates(gates)
+    carry = empty(tiles_v, B, NH, borders.shape[2])
+    keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
+    state_times_keys_kernel[(tiles_v * B * NH,)](
+        keys(k), keys(q), values(dh), values(dv), gates_, gates, dC_T, dC_0, borders, carry,
+        NT, NH, B * NH, BACKWARD=True, **o,
+    )  # fmt: skip
+    p = values_options(DQK, DHV)
+    tiles_k = triton.cdiv(DQK, p["BK"])
+    q_dq, k_dk = empty(tiles_k, B, NH, T), empty(tiles_k, B, NH, T)
+    keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
+    for BACKWARD, a, b, x, own, y, own_y, first in (
+        (False, dh, k, v, q, dq, q_dq, C_0),
+        (True, v, q, dh, k, dk, k_dk, dC_T),
+    ):
+        state_times_values_kernel[(tiles_k * B * NH,)](
+            values(a), keys(b), values(x), keys(own), keys(y), own_y, gates_, gates, first, T, NT, NH, B * NH,
+            BACKWARD=BACKWARD, **p,
+        )  # fmt: skip
+    dgates_kernel[(borders.shape[2] * B * NH,)](
+        i, f, q_dq, k_dk, carry, di, df, *i.stride(), *f.stride(), *di.stride(), *df.stride(),
+        T, NH, B * NH, tiles_k, tiles_v, BORDER * BLOCK, 256, num_warps=1,
+    )  # fmt: skip
+    return dq, dk, dv, di, df, dC_0
+
+
+# torch.compile sees each of the two as one operation that it need not look into.
+forward_op = torch.library.custom_op("tfla::mlstmsig_hopper", launch_forward, mutates_args=())
+backward_op = torch.library.custom_op("tfla::mlstmsig_hopper_backward", launch_backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(q, k, v, i, f, C_0):
+    saved = (q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(q, v))
+    return torch.empty_like(v), *_empty_state(q, v), *saved
+
+
+@backward_op.register_fake
+def _(dh, dC_T, q, k, v, i, f, *_):
+    return *(torch.empty_like(x) for x in (q, k, v, i, f)), *_empty_state(q, v)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    *_, C_0 = inputs
+    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.with_state = C_0 is not None
+    ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
+
+
+def backward(ctx, dh, dC_T, *_):
+    dh = torch.zeros_like(ctx.saved_tensors[2]) if dh is None else dh
+    *gradients, dC_0 = backward_op(dh, dC_T, *ctx.saved_tensors)
+    return *gradients, dC_0 if ctx.with_state else None
+
+
+forward_op.register_autograd(backward, setup_context=setup_context)
+
+
+def mlstmsig_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: State | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, State]:
+    """The mLSTMsig (paper section 4) on a Hopper GPU, in bfloat16.
+
+    There is no chunk_size: a sequence is one chunk, walked along in tiles of 64 steps. A sequence and head is the work
+    of a few programs only, so it is fast from some hundred sequences and heads on.
+
+    Args:
+        q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 128. Any B >= 0, NH >= 1, T >= 0. The last dimension
+            must be contiguous; the others may be strided, a transposed (B, T, NH, DQK) is not copied. As the GPU's copy
+            engine wants it, DQK, DHV, and all strides must be multiples of 8, and data begin at a multiple of 16 bytes.
+        v: values, (B, NH, T, DHV), bfloat16; DHV <= 256.
+        i, f: gate pre-activations, (B, NH, T), bfloat16 or float32, any strides. -inf is allowed in both:
+            f = -inf forgets everything before the step, i = -inf writes nothing.
+        initial_state: (C,), (B, NH, DQK, DHV), float32; None is the empty memory, C = 0.
+        return_state: also return the state after the last step, in float32.
+
+    Returns:
+        h, (B, NH, T, DHV) in the dtype and memory layout of v; with return_state the pair (h, (C,)).
+        Differentiable once in q, k, v, i, f and the initial state, exactly, and deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    _check_inputs(q, k, v, i, f, initial_state)
+    _check_hopper(q, k, v)
+    (C_0,) = (None,) if initial_state is None else initial_state
+    h, C, *_ = forward_op(q, k, v, i, f, C_0)
+    return (h, (C,)) if return_state else h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 05_mlstmsig/mlstmsig_tfla.py::_empty_state
+def _empty_state(q: Tensor, v: Tensor) -> State:
+    """The memory before anything was written, for a sequence or for a step."""
+    return (torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], dtype=torch.float32, device=q.device),)
+
+
+# same as 05_mlstmsig/mlstmsig_tfla.py::_check_inputs
+def _check_inputs(q, k, v, i, f, state, *, time: bool = True) -> None:
+    """Raises an error that names the argument, what it was and what it must be."""
+    layout, state_name = ("(B, NH, T, D)", "initial_state") if time else ("(B, NH, D)", "state")
+    for name, x in (("q", q), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != (4 if time else 3) or x.shape[1] < 1 or x.shape[-1] < 1:
+            raise ValueError(f"{name} must have shape {layout} with NH >= 1 and D >= 1, got {tuple(x.shape)}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"q must be float16, bfloat16 or float32, got {q.dtype}")
+    expected = [("k", k, q.shape, (q.dtype,)), ("v", v, (*q.shape[:-1], v.shape[-1]), (q.dtype,))]
+    expected += [(name, x, q.shape[:-1], (q.dtype, torch.float32)) for name, x in (("i", i), ("f", f))]
+    if state is not None:
+        if not isinstance(state, (tuple, list)) or len(state) != 1:
+            raise TypeError(f"{state_name} must be a tuple (C,), got {type(state).__name__}")
+        shape = (*q.shape[:2], q.shape[-1], v.shape[-1])
+        expected.append((f"{state_name}'s C", state[0], shape, (torch.float32,)))
+    for name, x, shape, dtypes in expected:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)} to fit q and v, got {tuple(x.shape)}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(sorted({str(d) for d in dtypes}))} to fit q, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def _check_hopper(q, k, v) -> None:
+    """What this file asks for beyond _check_inputs."""
+    if q.dtype != torch.bfloat16:
+        raise TypeError(f"q must be bfloat16, got {q.dtype}; mlstmsig_tfla.py takes others")
+    for name, x, most in (("q", q, 128), ("v", v, 256)):
+        if x.shape[-1] > most or x.shape[-1] % 8:
+            raise ValueError(
+                f"{name} must have at most {most} columns, a multiple of 8, got {x.shape[-1]}; "
+                "mlstmsig_tfla.py takes others"
+            )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() > 0 and not copy_engine_reads(x):
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension, have strides of multiples of 8, and begin at a "
+                f"multiple of 16 bytes, got strides {x.stride()}; mlstmsig_tfla.py takes others"
+            )
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+        raise ValueError(f"q must be on a Hopper GPU (H100, H200), got {q.device}; mlstmsig_tfla.py runs elsewhere")

@@ -1,0 +1,269 @@
+"""Stage 05, mlstmsig_hopper.py. There is no interpreter for Gluon: its kernels run on a Hopper GPU or not at all.
+
+Without one, they are compiled, and the checks of arguments are tested.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import properties
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon", reason="no Triton here, or one without Gluon")
+
+import mlstmsig_hopper as stage
+import mutants
+import triton
+from mlstmsig_hopper import mlstmsig_hopper
+from mlstmsig_tfla import mlstmsig_tfla
+from properties import DEVICE
+from tfla_lab.check import relative_error
+from tfla_lab.forms import GRADIENTS, run_torch
+from tfla_lab.inputs import random_inputs
+
+RESULTS = Path(__file__).parents[1] / "shared/results"
+BFLOAT16 = torch.bfloat16
+ON_HOPPER = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU: Gluon has no interpreter"
+)
+make = functools.partial(properties.make, cell="sig", dtype=BFLOAT16)
+# Heads that fill their tiles and heads that do not: 8 and 72 columns leave most or nearly half of one empty.
+HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal to the references
+# ---------------------------------------------------------------------------------------------------------------------
+@ON_HOPPER
+@pytest.mark.parametrize("T", [1, 64, 1100, 3000])
+@pytest.mark.parametrize(("DQK", "DHV"), HEADS)
+@pytest.mark.parametrize("regime", ["typical", "initial", "shut", "resets"])
+def test_equals_the_chunkwise_form(DQK, DHV, regime, T):
+    """One tile, many tiles, several stored states; the last tile full or cut; documents that end anywhere."""
+    if T == 1 and DQK * DHV < 64 * 64:
+        T = 64  # few columns of one step: what is left of differences says nothing in 16 bits
+    properties.compare_with_chunkwise(mlstmsig_hopper, 2, 4, T, DQK, DHV, dtype=BFLOAT16, regime=regime, cell="sig")
+
+
+@ON_HOPPER
+@settings(max_examples=40)
+@given(
+    properties.cases([BFLOAT16], max_T=300), st.sampled_from([32, 48, 64, 96, 128]), st.sampled_from([32, 40, 128, 256])
+)
+def test_equals_the_recurrence(case, DQK, DHV):
+    properties.compare_with_oracle(mlstmsig_hopper, **(case | {"DQK": DQK, "DHV": DHV, "chunk_size": None}), cell="sig")
+
+
+@ON_HOPPER
+def test_equals_its_portable_twin():
+    """At full size, each no further from the other than its budget allows it to be from the truth."""
+    inputs, dh, state, dstate = make(2, 16, 4096, 128, 256)
+    hopper, portable = (
+        run_torch(form, inputs, dh, initial_state=state, dstate=dstate) for form in (mlstmsig_hopper, mlstmsig_tfla)
+    )
+    for name in ("h", *GRADIENTS, "dC_0", "C"):
+        assert relative_error(hopper[name], portable[name]) < 2 * properties.budget(name, "bfloat16"), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Properties
+# ---------------------------------------------------------------------------------------------------------------------
+@ON_HOPPER
+@pytest.mark.parametrize(
+    ("property_", "options"),
+    [
+        (properties.splitting, {"T": 200, "t": 101}),
+        (properties.resets, {"lengths": (5, 28, 1, 41, 64, 130)}),
+        (properties.padding, {"T": 150}),
+        (properties.linear_in_v, {}),
+        (properties.empty_sequences, {}),
+    ],
+)
+def test_properties(property_, options):
+    property_(mlstmsig_hopper, BFLOAT16, heads=(32, 40), cell="sig", **options)
+
+
+@ON_HOPPER
+def test_finite():
+    properties.finite_at_extremes(mlstmsig_hopper, BFLOAT16, cell="sig")
+    properties.nothing_but_padding(mlstmsig_hopper, BFLOAT16, cell="sig")
+
+
+@ON_HOPPER
+def test_batch_and_heads_are_independent_to_the_bit():
+    properties.batch_and_heads_are_independent(mlstmsig_hopper, BFLOAT16, bitwise=True, heads=(32, 40), cell="sig")
+
+
+@ON_HOPPER
+def test_causality():
+    properties.causality(mlstmsig_hopper, BFLOAT16, T=170, t=90, heads=(32, 40))
+
+
+@ON_HOPPER
+def test_nan_in_a_gate_is_seen():
+    properties.nan_in_a_gate_is_seen(mlstmsig_hopper, BFLOAT16, T=170, t=90, heads=(32, 40))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("T", [100, 4096])
+def test_twenty_runs_give_the_same_bits(T):
+    """Warps that wait for each other would show here if one did not wait long enough."""
+    inputs, dh, state, dstate = make(2, 16, T, 128, 256)
+    first = run_torch(mlstmsig_hopper, inputs, dh, initial_state=state, dstate=dstate)
+    for _ in range(19):
+        other = run_torch(mlstmsig_hopper, inputs, dh, initial_state=state, dstate=dstate)
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@ON_HOPPER
+def test_a_neighbour_that_is_not_a_number():
+    """The copy engine's tiles end where the sequence does, not where the tile would."""
+    inputs, dh, *_ = make(2, 2, 70, 64, 64, with_state=False)
+    clean = run_torch(mlstmsig_hopper, inputs, dh)
+    for x in (*inputs, dh):
+        x[0, 1:].fill_(torch.nan), x[1:].fill_(torch.nan)
+    spoilt = run_torch(mlstmsig_hopper, inputs, dh)
+    for name in ("h", *GRADIENTS):
+        assert torch.equal(clean[name][0, 0], spoilt[name][0, 0]), name
+
+
+@ON_HOPPER
+def test_views_are_not_copied():
+    """(B, T, NH, D) tensors seen through a transpose, and slices of a larger tensor; h in the layout of v."""
+    B, NH, T, D = 2, 3, 140, 32
+    whole = torch.randn(B, T, NH, 3 * D, device=DEVICE, dtype=BFLOAT16)
+    q, k, v = whole.transpose(1, 2).split(D, dim=-1)
+    i, f = torch.randn(2, B, T, NH, device=DEVICE).transpose(2, 3)
+    for x in (q, k, v, i, f):
+        x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
+    h = mlstmsig_hopper(q, k, v, i, f)
+    expected = mlstmsig_hopper(*(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, i, f)))
+    assert torch.equal(h, expected)
+    v = torch.randn(B, T, NH, D, device=DEVICE, dtype=BFLOAT16).transpose(1, 2)
+    assert mlstmsig_hopper(q, k, v, i, f).stride() == v.stride()
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("property_", [properties.gradient_of_a_sum, properties.only_the_state_is_used])
+def test_autograd(property_):
+    property_(mlstmsig_hopper, cell="sig", dtype=BFLOAT16)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("gate_dtype", [BFLOAT16, torch.float32])
+def test_gates_in_either_dtype(gate_dtype):
+    properties.gates_in_either_dtype(mlstmsig_hopper, gate_dtype, cell="sig", dtype=BFLOAT16)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("with_state", [True, False])
+def test_opcheck(with_state):
+    """PyTorch's own test of a registered operation: schema, fake kernel, autograd registration, tracing."""
+    inputs, _, state, _ = make(1, 2, 40, 8, 8)
+    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), state[0] if with_state else None))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile(dynamic):
+    properties.one_graph(mlstmsig_hopper, dynamic, cell="sig", dtype=BFLOAT16)
+
+
+@ON_HOPPER
+def test_offsets_beyond_2_to_the_31():
+    properties.offsets_beyond_2_to_the_31(lambda q, k, *x, **o: mlstmsig_hopper(q[..., :128], k[..., :128], *x, **o))
+
+
+@ON_HOPPER
+def test_more_heads_than_a_grid_axis_may_have():
+    properties.more_heads_than_a_grid_axis_may_have(mlstmsig_hopper, cell="sig", dtype=BFLOAT16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+BAD = [
+    (lambda x: {"q": x.q[0]}, ValueError, r"q must have shape \(B, NH, T, D\)"),
+    (lambda x: {"f": 3.0}, TypeError, "f must be a torch.Tensor, got float"),
+    (lambda x: {"q": x.q.half(), "k": x.k.half(), "v": x.v.half()}, TypeError, "q must be bfloat16, got torch.float16"),
+    (lambda x: {"q": x.q[..., :12], "k": x.k[..., :12]}, ValueError, "q must have at most 128 columns, a multiple of"),
+    (lambda x: {"v": x.v.repeat(1, 1, 1, 40)}, ValueError, "v must have at most 256 columns, a multiple of 8, got 320"),
+    (lambda x: {"k": x.k.mT.contiguous().mT}, ValueError, "k must be contiguous in its last dimension, .* got strides"),
+    (lambda x: {"k": torch.cat([x.k, x.k[..., :4]], -1)[..., :16]}, ValueError, "k must .* multiples of 8, "),
+    (lambda x: {"v": torch.cat([x.v[..., :8]] * 2, -1)[..., 4:12]}, ValueError, "v must .* multiple of 16 bytes"),
+    (lambda x: {"q": x.q[:, :1].expand_as(x.q)}, ValueError, "q must be .* got strides"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_errors_name_the_argument(change, error, message):
+    inputs = random_inputs(1, 2, 5, 16, 8, dtype=torch.float32, device=DEVICE)
+    inputs = inputs._replace(q=inputs.q.to(BFLOAT16), k=inputs.k.to(BFLOAT16), v=inputs.v.to(BFLOAT16))
+    with pytest.raises(error, match=message):
+        mlstmsig_hopper(**(inputs._asdict() | change(inputs)))
+
+
+def test_another_device_is_named():
+    x = torch.ones(1, 1, 8, 8, dtype=BFLOAT16)
+    with pytest.raises(ValueError, match=r"q must be on a Hopper GPU \(H100, H200\), got cpu; mlstmsig_tfla.py runs"):
+        mlstmsig_hopper(x, x, x, x[..., 0], x[..., 0])
+
+
+def test_without_triton_the_import_says_what_works():
+    code = "import sys; sys.modules['triton'] = None; import mlstmsig_reference; import mlstmsig_hopper"
+    assert "ImportError: mlstmsig_hopper.py needs Triton 3.6" in properties.run_python(code).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled, with or without a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+def test_compiles_ahead_of_time():
+    """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
+    report = properties.compile_ahead_of_time("sm_90", "mlstmsig_hopper")
+    assert {row["kernel"] for row in report["rows"]} == {name for name in vars(stage) if name.endswith("_kernel")}
+    assert all(row["stack"] == 0 for row in report["rows"]), "registers spill"
+    recorded = json.loads((RESULTS / "stage05_hopper_aot.json").read_text())
+    if recorded["triton"] != triton.__version__:
+        pytest.skip(f"compiled; the record is of Triton {recorded['triton']}, and this is {triton.__version__}")
+    assert report["rows"] == recorded["rows"], "make the record anew: see tfla_lab/aot.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutants
+# ---------------------------------------------------------------------------------------------------------------------
+def suite(module) -> None:
+    for regime in ("typical", "resets"):
+        properties.compare_with_chunkwise(
+            module.mlstmsig_hopper, 1, 2, 1100, 72, 104, dtype=BFLOAT16, regime=regime, cell="sig"
+        )
+
+
+MUTANTS = [
+    # causality and documents
+    ("mask = (column <= row) & (column >= bound)", "mask = column >= bound"),
+    ("mask = (column <= row) & (column >= bound)", "mask = column <= row"),
+    ("mask = (column >= row) & (column < bound)", "mask = column < bound"),
+    ("mask = (column >= row) & (column < bound)", "mask = column >= row"),
+    ("tl.where(start < 0, tl.exp(b.to(tl.float32)) * s, 0.0)", "tl.exp(b.to(tl.float32)) * s"),
+    ("tl.where(offs_l >= start_last, tl.exp((g + u).to(tl.float32)), 0.0)", "tl.exp((g + u).to(tl.float32))"),
+    ("tl.where(start_last < 0, tl.exp(g.to(tl.float32)), 0.0)", "tl.exp(g.to(tl.float32))"),
+    # weights
+    ("P_smem.index(P_stage).permute((1, 0)), y * read,", "P_smem.index(P_stage).permute((1, 0)), y,"),
+    ("P_smem.index(0), b, y * read,", "P_smem.index(0), b, y,"),
+    # gradients of the gates, and states
+    ("gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0)",
+     "gl.sum(gl.sum(border.to(gl.float32) * 0.0, axis=1), axis=0)"),
+    ("change += k_dk.to(tl.float64) - tl.load", "change += tl.load"),
+    ("(di_bar * sigmoid_minus(i))", "di_bar"),
+    ("        (True, v, q, dh, k, dk, k_dk, dC_T),", "        (True, v, q, dh, k, dk, k_dk, None),"),
+]  # fmt: skip
+
+
+@ON_HOPPER
+@pytest.mark.parametrize(("old", "new"), MUTANTS)
+def test_mutants_are_noticed(old, new, tmp_path):
+    mutants.assert_noticed(suite, mutants.load_mutant("05_mlstmsig/mlstmsig_hopper.py", old, new, tmp_path))
