@@ -25,7 +25,7 @@ Glossary (name in code = symbol = shape):
              where in the tile step i's document begins and step j's ends; w_read = s e^b; w_end = sigmoid(i) e^(g - b)
              with g the last b; decay = e^g; an empty row                     (B * NH * tiles * 8, 64)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
-    borders  C^T as every 16th tile finds it, for the gradients of the gates  (B, NH, borders, DHV, DQK)  bfloat16
+    borders  C^T as every 8th tile finds it , for the gradients of the gates  (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstmsig_tfla.py has them all).
 
@@ -59,7 +59,7 @@ State = tuple[Tensor]
 
 # Steps in a tile, and tiles from one stored state to the next.
 BLOCK = 64
-BORDER = 16
+BORDER = 8
 # A forget gate below this begins a new document: e^-110 is 0 in float32, so that nothing is lost but the digits that
 # b would lose behind it.
 FORGOTTEN = tl.constexpr(-110.0)
@@ -130,6 +130,7 @@ def gates_kernel(
     tl.store(row + 4 * BLOCK, w_read, mask=mask)
     tl.store(row + 5 * BLOCK, w_end, mask=mask)
     tl.store(row + 6 * BLOCK, decay + tl.zeros_like(w_end), mask=mask)
+    tl.store(row + 7 * BLOCK, tl.zeros_like(w_end), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,44 +504,71 @@ def sigmoid_minus(x):
 
 
 @triton.jit
+def add_within(new_1, x_1, y_1, new_2, x_2, y_2):
+    """Of two stretches of steps, one after the other: the sums of x and y since the last mark."""
+    return new_1 | new_2, x_2 + tl.where(new_2, 0.0, x_1), y_2 + tl.where(new_2, 0.0, y_1)
+
+
+@triton.jit
 def dgates_kernel(
-    i_ptr, f_ptr, q_dq_ptr, k_dk_ptr, carry_ptr, di_ptr, df_ptr,
+    i_ptr, f_ptr, gates_ptr, q_dq_ptr, k_dk_ptr, carry_ptr, carry_T_ptr, di_ptr, df_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
-    T, NH, BH, TILES_K, TILES_V, STEPS: tl.constexpr, BLOCK_L: tl.constexpr,
+    T, NT, NH, BH, TILES_K, TILES_V, s, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """di and df of the STEPS steps from one border to the next. Grid: borders * B * NH. Loop: BLOCK_L steps at a time.
+    """di and df of the STEPS steps from one border to the next. Grid: borders * B * NH.
 
-    di_bar is k . dk. f_t weakens everything that crosses step t. At a border that is <C, dC>. From step to step, what
-    ended in h_t crosses no more, and what k_t v_t gave to later steps does so from now on:
-      df_bar_(t+1) = df_bar_t - q_t . dq_t + k_t . dk_t
-    As one sum over the whole sequence it would be a small difference of large numbers.
+    di_bar is k . dk. f_t weakens everything that crosses step t. At a border that is carry = <C, dC>, where a document
+    begins it is 0, and from step to step
+      df_bar_(t+1) = df_bar_t + change_t,    change = k . dk - q . dq.
+    C and dC enter these products in bfloat16, and what that rounds away adds up from step to step. So df_bar_t is found
+    from both sides, from the border or beginning of a document before t and from the one after it, and the two are
+    weighted inversely to the variance gathered on the way: of the terms' parts that passed through the state. (What
+    q . dq and k . dk have in common within a tile is rounded alike and cancels.)
     """
     borders = tl.cdiv(T, STEPS)
     bh, c = (tl.program_id(0) // borders).to(tl.int64), tl.program_id(0) % borders
     i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
     di_ptr, df_ptr = head(di_ptr, bh, NH, stride_dib, stride_dih), head(df_ptr, bh, NH, stride_dfb, stride_dfh)
+    offs_l = tl.arange(0, STEPS)
+    offs_t = (c * STEPS + offs_l).to(tl.int64)
+    mask = offs_t < T
 
-    df_bar_first = tl.full((), 0.0, dtype=tl.float64)
+    rows = gates_ptr + (bh * NT + offs_t // BLOCK) * 8 * BLOCK + offs_t % BLOCK
+    share_q = tl.load(rows + 4 * BLOCK, mask=mask, other=0.0) / s
+    share_k = tl.load(rows + 5 * BLOCK, mask=mask, other=0.0)
+    change, di_bar = tl.zeros((STEPS,), dtype=tl.float32), tl.zeros((STEPS,), dtype=tl.float32)
+    variance = tl.zeros((STEPS,), dtype=tl.float32)
+    for tile in range(TILES_K):
+        offs = (tile * BH + bh) * T + offs_t
+        q_dq = tl.load(q_dq_ptr + offs, mask=mask, other=0.0)
+        k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
+        q_part, k_part = share_q * q_dq, share_k * k_dk
+        variance += q_part * q_part + k_part * k_part
+        change, di_bar = change + (k_dk - q_dq), di_bar + k_dk
+    before, after = tl.full((), 0.0, dtype=tl.float32), tl.full((), 0.0, dtype=tl.float32)
     for tile in range(TILES_V):
-        df_bar_first += tl.load(carry_ptr + (tile * BH + bh) * borders + c).to(tl.float64)
-    for first in range(0, tl.minimum(STEPS, T - c * STEPS), BLOCK_L):
-        offs_t = (c * STEPS + first + tl.arange(0, BLOCK_L)).to(tl.int64)
-        mask = offs_t < T
-        change, di_bar = tl.zeros((BLOCK_L,), dtype=tl.float64), tl.zeros((BLOCK_L,), dtype=tl.float32)
-        for tile in range(TILES_K):
-            offs = (tile * BH + bh) * T + offs_t
-            k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
-            change += k_dk.to(tl.float64) - tl.load(q_dq_ptr + offs, mask=mask, other=0.0).to(tl.float64)
-            di_bar += k_dk
-        df_bar = (df_bar_first + tl.cumsum(change, 0) - change).to(tl.float32)
-        df_bar_first += tl.sum(change, axis=0)
+        carry = carry_ptr + (tile * BH + bh) * borders + c
+        before += tl.load(carry)
+        after += tl.load(carry + 1, mask=c + 1 < borders, other=0.0)
+    if carry_T_ptr is not None:
+        after += tl.load(carry_T_ptr + bh, mask=c + 1 == borders, other=0.0)
 
-        i = tl.load(i_ptr + offs_t * stride_it, mask=mask, other=0.0).to(tl.float32)
-        f = tl.load(f_ptr + offs_t * stride_ft, mask=mask, other=0.0).to(tl.float32)
-        df = tl.where(f == -float("inf"), 0.0, df_bar * sigmoid_minus(f))
-        tl.store(di_ptr + offs_t * stride_dit, (di_bar * sigmoid_minus(i)).to(di_ptr.dtype.element_ty), mask=mask)
-        tl.store(df_ptr + offs_t * stride_dft, df.to(df_ptr.dtype.element_ty), mask=mask)
+    i = tl.load(i_ptr + offs_t * stride_it, mask=mask, other=0.0).to(tl.float32)
+    f = tl.load(f_ptr + offs_t * stride_ft, mask=mask, other=0.0).to(tl.float32)
+    f_next = tl.load(f_ptr + (offs_t + 1) * stride_ft, mask=(offs_t + 1 < T) & (offs_l < STEPS - 1), other=0.0)
+    begins, ends = f < FORGOTTEN, f_next.to(tl.float32) < FORGOTTEN
+    begun, sum_before, variance_before = tl.associative_scan((begins, change, variance), 0, add_within)
+    ended, sum_after, variance_after = tl.associative_scan((ends, change, variance), 0, add_within, reverse=True)
+    from_before = tl.where(begun, 0.0, before) + (sum_before - change)
+    from_after = tl.where(ended, 0.0, after) - sum_after
+    variance_before -= variance  # that of t itself lies behind it
+    both = variance_before + variance_after
+    df_bar = from_after + (from_before - from_after) * (variance_after / tl.where(both > 0.0, both, 1.0))
+
+    df = tl.where(f == -float("inf"), 0.0, df_bar * sigmoid_minus(f))
+    tl.store(di_ptr + offs_t * stride_dit, (di_bar * sigmoid_minus(i)).to(di_ptr.dtype.element_ty), mask=mask)
+    tl.store(df_ptr + offs_t * stride_dft, df.to(df_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,9 +585,9 @@ def describe_gates(gates: Tensor) -> TensorDescriptor:
 
 
 def copy_engine_reads(x: Tensor) -> bool:
-    """It wants multiples of 16 bytes: where x begins, and from one row, head and sequence to the next."""
+    """It wants multiples of 16 bytes from one row, head and sequence to the next."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
 
 
 def keys_options(DQK: int, DHV: int) -> dict:
@@ -596,6 +624,9 @@ def launch_forward(
     gates, borders = (torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v))
     if h.numel() == 0:
         return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), gates, borders
+    for name, x in (("q", q), ("k", k), ("v", v)):  # here, since torch.compile knows no addresses
+        if x.data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, got address {x.data_ptr()}")
     gates_kernel[(triton.cdiv(NT, TILES) * B * NH,)](
         i, f, gates, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, TILES, num_warps=4
     )
@@ -610,7 +641,7 @@ def launch_forward(
 
 def launch_backward(
     dh: Tensor, dC_T: Tensor | None, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None,
-    gates: Tensor, borders: Tensor,
+    C_T: Tensor, gates: Tensor, borders: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, di, df, dC_0."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
@@ -623,7 +654,7 @@ def launch_backward(
     dC_0 = empty(B, NH, DQK, DHV)
     if dh.numel() == 0:
         return dq, dk, dv, di, df, dC_0.zero_() if dC_T is None else dC_0.copy_(dC_T)
-    dh = dh if copy_engine_reads(dh) else dh.contiguous()
+    dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
     o = keys_options(DQK, DHV)
     tiles_v, gates_ = triton.cdiv(DHV, o["BV"]), describe_gates(gates)
@@ -645,9 +676,10 @@ def launch_backward(
             values(a), keys(b), values(x), keys(own), keys(y), own_y, gates_, gates, first, T, NT, NH, B * NH,
             BACKWARD=BACKWARD, **p,
         )  # fmt: skip
+    carry_T = None if dC_T is None else (C_T * dC_T).sum(dim=(-2, -1))
     dgates_kernel[(borders.shape[2] * B * NH,)](
-        i, f, q_dq, k_dk, carry, di, df, *i.stride(), *f.stride(), *di.stride(), *df.stride(),
-        T, NH, B * NH, tiles_k, tiles_v, BORDER * BLOCK, 256, num_warps=1,
+        i, f, gates, q_dq, k_dk, carry, carry_T, di, df, *i.stride(), *f.stride(), *di.stride(), *df.stride(),
+        T, NT, NH, B * NH, tiles_k, tiles_v, DQK**-0.5, BORDER * BLOCK, BLOCK, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0
 
@@ -670,7 +702,7 @@ def _(dh, dC_T, q, k, v, i, f, *_):
 
 def setup_context(ctx, inputs, output) -> None:
     *_, C_0 = inputs
-    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.save_for_backward(*inputs, *output[1:])
     ctx.with_state = C_0 is not None
     ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
 
@@ -774,8 +806,8 @@ def _check_hopper(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.numel() > 0 and not copy_engine_reads(x):
             raise ValueError(
-                f"{name} must be contiguous in its last dimension, have strides of multiples of 8, and begin at a "
-                f"multiple of 16 bytes, got strides {x.stride()}; mlstmsig_tfla.py takes others"
+                f"{name} must be contiguous in its last dimension and have strides of multiples of 8, "
+                f"got strides {x.stride()}; mlstmsig_tfla.py takes others"
             )
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
         raise ValueError(f"q must be on a Hopper GPU (H100, H200), got {q.device}; mlstmsig_tfla.py runs elsewhere")

@@ -3,8 +3,8 @@
 Without one, they are compiled, and the checks of arguments are tested.
 """
 
-import functools
 import json
+import math
 from pathlib import Path
 
 import properties
@@ -19,10 +19,11 @@ import mlstmsig_hopper as stage
 import mutants
 import triton
 from mlstmsig_hopper import mlstmsig_hopper
+from mlstmsig_reference import gate_weights
 from mlstmsig_tfla import mlstmsig_tfla
 from properties import DEVICE
-from tfla_lab.check import relative_error
-from tfla_lab.forms import GRADIENTS, run_torch
+from tfla_lab.check import check, relative_error, to_numpy
+from tfla_lab.forms import GRADIENTS, oracle, run_torch
 from tfla_lab.inputs import random_inputs
 
 RESULTS = Path(__file__).parents[1] / "shared/results"
@@ -30,7 +31,12 @@ BFLOAT16 = torch.bfloat16
 ON_HOPPER = pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU: Gluon has no interpreter"
 )
-make = functools.partial(properties.make, cell="sig", dtype=BFLOAT16)
+
+
+def make(*sizes, dtype=BFLOAT16, **options):
+    return properties.make(*sizes, cell="sig", dtype=dtype, **options)
+
+
 # Heads that fill their tiles and heads that do not: 8 and 72 columns leave most or nearly half of one empty.
 HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
 
@@ -67,6 +73,72 @@ def test_equals_its_portable_twin():
     )
     for name in ("h", *GRADIENTS, "dC_0", "C"):
         assert relative_error(hopper[name], portable[name]) < 2 * properties.budget(name, "bfloat16"), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The passes over the gates, in Triton: also without a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("regime", ["typical", "resets", "shut", "padding"])
+def test_rows_of_gates(regime):
+    """Against the weights of the parallel form of every tile by itself."""
+    B, NH, T, BLOCK, s = 1, 2, 150, stage.BLOCK, 0.25
+    inputs, *_ = make(B, NH, T, 8, 8, regime=regime, dtype=torch.float32)
+    NT = -(-T // BLOCK)
+    gates = torch.empty(B * NH * NT * 8, BLOCK, device=DEVICE).fill_(torch.nan)
+    i, f = inputs.i, inputs.f
+    stage.gates_kernel[(B * NH,)](i, f, gates, *i.stride(), *f.stride(), T, NT, NH, s, BLOCK, 4, num_warps=4)
+    rows = gates.view(B, NH, NT, 8, BLOCK).double()
+    step = torch.arange(BLOCK, device=DEVICE)
+    for tile in range(NT):
+        i, f = (x[:, :, tile * BLOCK : (tile + 1) * BLOCK].double() for x in inputs[3:])
+        steps = i.shape[-1]
+        W, w_state = gate_weights(i, f)
+        row, u, start, end, w_read, w_end, decay, rest = rows[:, :, tile].unbind(2)
+        exponent = (row[..., :, None] + u[..., None, :]) * math.log(2)
+        causal = step[:, None] >= step
+        forward, backward = step >= start[..., :, None], step[:, None] < end[..., None, :]
+        assert torch.equal((forward & causal)[..., :steps, :steps], (backward & causal)[..., :steps, :steps])
+        actual = torch.where(forward & causal, exponent.exp(), 0)[..., :steps, :steps]
+        torch.testing.assert_close(actual, s * W, rtol=1e-3, atol=1e-12)  # b in float32: digits for bfloat16
+        torch.testing.assert_close(w_read[..., :steps], s * w_state, rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(w_end[..., :steps], W[..., -1, :], rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(decay[..., 0], w_state[..., -1], rtol=1e-5, atol=1e-30)
+        assert (w_end[..., steps:] == 0).all()
+        assert (u[..., steps:] < -1e30).all()
+        assert (rest == 0).all()
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("regime", ["typical", "resets"])
+def test_gradients_of_gates_from_exact_sums(regime, with_state):
+    """If q . dq, k . dk and <C, dC> had no rounding errors, di and df had none: from both sides comes the same."""
+    B, NH, T, STEPS = 1, 2, 700, stage.BORDER * stage.BLOCK
+    inputs, dh, state, dstate = make(B, NH, T, 8, 8, regime=regime, dtype=torch.float64, with_state=with_state)
+    whole = oracle(inputs, dh, initial_state=state, dstate=dstate, cell="sig")
+    part = oracle(properties.cut(inputs, None, STEPS), dh[:, :, :STEPS], initial_state=state, cell="sig")
+    middle = (torch.from_numpy(part["C"]).to(DEVICE),)
+    rest = oracle(
+        properties.cut(inputs, STEPS, None), dh[:, :, STEPS:], initial_state=middle, dstate=dstate, cell="sig"
+    )
+
+    def product(x, y, axes):
+        return torch.from_numpy((to_numpy(x) * to_numpy(y)).sum(axes)).float().to(DEVICE)
+
+    q_dq, k_dk = (product(x, whole[name], -1)[None] for x, name in ((inputs.q, "dq"), (inputs.k, "dk")))
+    first = product(state[0], whole["dC_0"], (-2, -1)) if with_state else torch.zeros(B, NH, device=DEVICE)
+    carry = torch.stack([first, product(part["C"], rest["dC_0"], (-2, -1))], dim=-1)[None].contiguous()
+    carry_T = product(whole["C"], dstate[0], (-2, -1)) if with_state else None
+    i, f = inputs.i.float(), inputs.f.float()
+    di, df, NT, s = torch.empty_like(i), torch.empty_like(f), -(-T // stage.BLOCK), 8**-0.5
+    gates = torch.empty(B * NH * NT * 8, stage.BLOCK, device=DEVICE)
+    stage.gates_kernel[(-(-NT // 8) * B * NH,)](
+        i, f, gates, *i.stride(), *f.stride(), T, NT, NH, s, stage.BLOCK, 8, num_warps=4
+    )
+    stage.dgates_kernel[(2 * B * NH,)](
+        i, f, gates, q_dq, k_dk, carry, carry_T, di, df, *i.stride(), *f.stride(), *di.stride(), *df.stride(),
+        T, NT, NH, B * NH, 1, 1, s, STEPS, stage.BLOCK, num_warps=4,
+    )  # fmt: skip
+    check({"di": di, "df": df}, whole, budgets={"di": 1e-6, "df": 1e-6}, verbose=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,9 +264,8 @@ BAD = [
     (lambda x: {"q": x.q.half(), "k": x.k.half(), "v": x.v.half()}, TypeError, "q must be bfloat16, got torch.float16"),
     (lambda x: {"q": x.q[..., :12], "k": x.k[..., :12]}, ValueError, "q must have at most 128 columns, a multiple of"),
     (lambda x: {"v": x.v.repeat(1, 1, 1, 40)}, ValueError, "v must have at most 256 columns, a multiple of 8, got 320"),
-    (lambda x: {"k": x.k.mT.contiguous().mT}, ValueError, "k must be contiguous in its last dimension, .* got strides"),
+    (lambda x: {"k": x.k.mT.contiguous().mT}, ValueError, "k must be contiguous in its last dimension .* got strides"),
     (lambda x: {"k": torch.cat([x.k, x.k[..., :4]], -1)[..., :16]}, ValueError, "k must .* multiples of 8, "),
-    (lambda x: {"v": torch.cat([x.v[..., :8]] * 2, -1)[..., 4:12]}, ValueError, "v must .* multiple of 16 bytes"),
     (lambda x: {"q": x.q[:, :1].expand_as(x.q)}, ValueError, "q must be .* got strides"),
 ]
 
@@ -205,6 +276,14 @@ def test_errors_name_the_argument(change, error, message):
     inputs = inputs._replace(q=inputs.q.to(BFLOAT16), k=inputs.k.to(BFLOAT16), v=inputs.v.to(BFLOAT16))
     with pytest.raises(error, match=message):
         mlstmsig_hopper(**(inputs._asdict() | change(inputs)))
+
+
+@ON_HOPPER
+def test_an_odd_address_is_named():
+    x, *_ = make(1, 2, 70, 16, 8)
+    odd = torch.empty(x.v.numel() + 4, dtype=BFLOAT16, device=DEVICE)[4:].view_as(x.v)
+    with pytest.raises(ValueError, match="v must begin at a multiple of 16 bytes, got address"):
+        mlstmsig_hopper(*x._replace(v=odd))
 
 
 def test_another_device_is_named():
@@ -257,7 +336,8 @@ MUTANTS = [
     # gradients of the gates, and states
     ("gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0)",
      "gl.sum(gl.sum(border.to(gl.float32) * 0.0, axis=1), axis=0)"),
-    ("change += k_dk.to(tl.float64) - tl.load", "change += tl.load"),
+    ("change + (k_dk - q_dq)", "change + (k_dk + q_dq)"),
+    ("    before += tl.load(carry)", "    before += 0.0 * tl.load(carry)"),
     ("(di_bar * sigmoid_minus(i))", "di_bar"),
     ("        (True, v, q, dh, k, dk, k_dk, dC_T),", "        (True, v, q, dh, k, dk, k_dk, None),"),
 ]  # fmt: skip

@@ -173,7 +173,7 @@ def mlstmsig_hopper(stage, dtype: str):
         (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV)
         with catch_launches() as launches:
             for start in (C_0, None):
-                _, _, *saved = stage.launch_forward(*x, start)
+                _, *saved = stage.launch_forward(*x, start)
                 stage.launch_backward(h, start, *x, start, *saved)
         yield f"{dtype} {DQK}/{DHV}", launches
 
