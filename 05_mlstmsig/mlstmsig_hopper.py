@@ -86,6 +86,7 @@ def sooner(end_1, end_2):
     return tl.minimum(end_1, end_2)
 
 
+# same as 05_mlstmsig/mlstmsig_tfla.py::log_sigmoid
 @triton.jit
 def log_sigmoid(x):
     """In float64, where nothing visible is lost in 1 + e^-|x|."""
@@ -617,6 +618,7 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, the final state, and what the backward pass will need."""
+    _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
     NT, TILES = triton.cdiv(T, BLOCK), 8
     h, C_0 = torch.empty_like(v), None if C_0 is None else C_0.contiguous()
@@ -624,9 +626,6 @@ def launch_forward(
     gates, borders = (torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v))
     if h.numel() == 0:
         return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), gates, borders
-    for name, x in (("q", q), ("k", k), ("v", v)):  # here, since torch.compile knows no addresses
-        if x.data_ptr() % 16:
-            raise ValueError(f"{name} must begin at a multiple of 16 bytes, got address {x.data_ptr()}")
     gates_kernel[(triton.cdiv(NT, TILES) * B * NH,)](
         i, f, gates, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, TILES, num_warps=4
     )
@@ -809,5 +808,12 @@ def _check_hopper(q, k, v) -> None:
                 f"{name} must be contiguous in its last dimension and have strides of multiples of 8, "
                 f"got strides {x.stride()}; mlstmsig_tfla.py takes others"
             )
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+
+
+def _check_device(q, k, v) -> None:
+    """What can be asked of a tensor only when the kernels are launched: torch.compile's have no place in memory."""
+    if q.device.type != "meta" and (q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9):
         raise ValueError(f"q must be on a Hopper GPU (H100, H200), got {q.device}; mlstmsig_tfla.py runs elsewhere")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, got address {x.data_ptr()}")

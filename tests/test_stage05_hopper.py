@@ -245,6 +245,16 @@ def test_torch_compile(dynamic):
     properties.one_graph(mlstmsig_hopper, dynamic, cell="sig", dtype=BFLOAT16)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traces_into_one_graph(dynamic):
+    """Also without a GPU: torch.compile looks through all checks of arguments. What runs then is the launcher's own."""
+    compiled = torch.compile(mlstmsig_hopper, fullgraph=True, dynamic=dynamic, backend="eager")
+    for T in (40, 56):
+        x = torch.ones(1, 2, T, 8, dtype=BFLOAT16, requires_grad=True)
+        with pytest.raises(ValueError, match="q must be on a Hopper GPU"):
+            compiled(x, x, x, x[..., 0], x[..., 0], return_state=True)
+
+
 @ON_HOPPER
 def test_offsets_beyond_2_to_the_31():
     properties.offsets_beyond_2_to_the_31(lambda q, k, *x, **o: mlstmsig_hopper(q[..., :128], k[..., :128], *x, **o))
