@@ -1,8 +1,5 @@
 """Stage 04, mlstm_tfla.py: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
-import json
-from pathlib import Path
-
 import properties
 import pytest
 import torch
@@ -12,15 +9,12 @@ pytest.importorskip("triton", reason="Triton has no wheels for this system")
 
 import mlstm_tfla as stage
 import mutants
-import triton
 from mlstm_chunkwise import mlstm_chunkwise
 from mlstm_tfla import mlstm_tfla
 from properties import DEVICE, INTERPRETED, ON_GPU, TRITON_DTYPES, run_python
 from tfla_lab.check import CheckFailed, check, relative_error
 from tfla_lab.forms import run_torch
 from tfla_lab.inputs import random_inputs
-
-RESULTS = Path(__file__).parents[1] / "shared/results"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,16 +269,11 @@ def test_without_triton_the_import_says_what_works(file):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_ahead_of_time(target):
     """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
-    report = properties.compile_ahead_of_time(target, "mlstm_tfla", "mlstm_decode")
+    rows = properties.compile_ahead_of_time(target, "stage04_aot.json", "mlstm_tfla", "mlstm_decode")
     kernels = {name for name in vars(stage) if name.endswith("_kernel")} | {"decode_kernel"}
-    assert {row["kernel"] for row in report["rows"]} == kernels
-    recorded = json.loads((RESULTS / "stage04_aot.json").read_text())
-    if recorded["triton"] != triton.__version__:
-        pytest.skip(f"compiled; the record is of Triton {recorded['triton']}, and this is {triton.__version__}")
-    as_recorded = report["rows"] == [row for row in recorded["rows"] if row["target"] == target]
-    assert as_recorded, "make the record anew: see tfla_lab/aot.py"
+    assert {row["kernel"] for row in rows} == kernels
     if target == "sm_90":  # the tuned configuration keeps its tiles in registers
-        tuned = [row for row in report["rows"] if row["configuration"] == "bfloat16 128/256 L=256"]
+        tuned = [row for row in rows if row["configuration"] == "bfloat16 128/256 L=256"]
         assert all(row["stack"] <= 48 for row in tuned), tuned
 
 

@@ -5,12 +5,15 @@
 runs the launchers of a kernel file on tensors without data, catches every launch, and compiles it for the target as the
 launch would have. So exactly what a user's call compiles is compiled, with the tiles that the launcher picks. Reported
 per kernel: shared memory against what the target has and, for NVIDIA, registers and the stack (bytes that spilled out
-of registers). Exit status 1 if one does not compile or needs too much shared memory. shared/results/stage04_aot.json is
-what --json printed for the files of stage 04.
+of registers). Exit status 1 if one does not compile or needs too much shared memory. The records
+shared/results/stage0N_aot.json are what --json printed for the files of a stage; they name the compiled sources by
+their digests, so that the tests see whether a record still holds.
 """
 
 import argparse
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -210,6 +213,12 @@ class catch_launches:
         JITFunction.run = self.run
 
 
+def digest(file: str) -> str:
+    """Of a kernel file, and of what is compiled of it: another digest, another record."""
+    text = Path(importlib.util.find_spec(file).origin).read_text() + inspect.getsource(FILES[file])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def compile_dtype(file: str, target: str, dtype: str) -> list[dict]:
     stage = importlib.import_module(file)
     stage.describe_gpu = lambda device: (TARGETS[target][0] == "hip", TARGETS[target][3])
@@ -266,8 +275,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = [row for result in pool.map(compile_dtype, *zip(*jobs, strict=True)) for row in result]
     bad = sum(1 for row in rows if row["error"])
     if arguments.json:
+        head = {"triton": metadata.version("triton"), "sources": {f: digest(f) for f in arguments.file or FILES}}
         lines = ",\n".join(json.dumps(row) for row in rows)
-        print(f'{{"triton": "{metadata.version("triton")}", "rows": [\n{lines}\n]}}')
+        print(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}')
         return 1 if bad else 0
     for row in rows:
         if arguments.verbose or row["error"] or row.get("stack"):
