@@ -25,7 +25,7 @@ Glossary (name in code = symbol = shape):
              where in the tile step i's document begins and step j's ends; w_read = s e^b; w_end = sigmoid(i) e^(g - b)
              with g the last b; decay = e^g; an empty row                     (B * NH * tiles * 8, 64)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
-    borders  C^T as every 8th tile finds it , for the gradients of the gates  (B, NH, borders, DHV, DQK)  bfloat16
+    borders  C^T as every 8th tile finds it, for the gradients of the gates   (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstmsig_tfla.py has them all).
 
@@ -215,6 +215,7 @@ def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constex
 
 @gluon.jit
 def store_state(ptr, C, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
+    """C (DQK x DHV) = its tile of C^T, in float32."""
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
     k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
     gl.store(ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
@@ -241,6 +242,7 @@ def keys_load_partition(
     a_desc, b_desc, x_desc, gates_desc, a_smem, b_smem, x_smem, gates_smem, full, empty,
     batch, head_, bh, first_v, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
     for n in range(NT):
         stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
         mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
@@ -325,9 +327,9 @@ def state_times_keys_kernel(
     borders = (NT + BORDER - 1) // BORDER
     a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
     gates_smem = ring(gates_desc, STAGES)
-    square: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], square)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], square)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
     y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
@@ -376,6 +378,7 @@ def values_load_partition(
     a_desc, b_desc, x_desc, own_desc, gates_desc, a_smem, b_smem, x_smem, own_smem, gates_smem, full, empty,
     batch, head_, bh, first_k, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """As keys_load_partition, with the rows that y is multiplied with for the gates."""
     for n in range(NT):
         stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
         mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
@@ -453,10 +456,10 @@ def state_times_values_kernel(
     batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
     a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
     own_smem, gates_smem = ring(own_desc, STAGES), ring(gates_desc, STAGES)
-    square: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], square)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], square)
-    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], square)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
+    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
     y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)

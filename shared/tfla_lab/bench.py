@@ -54,6 +54,7 @@ PREFILL = (65_536, 131_072)  # steps of the one long sequence
 DECODE = (1, 4, 16, 64, 256)  # sequences that take a step together
 WRONG, WRONG_GATE = 0.05, 0.1  # errors from which on others' kernels are called wrong
 PATIENCE = 300  # seconds for one row, compilation included
+TOGETHER = 4  # kernels whose code is compiled at the same time, before the first of them is timed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,45 +477,48 @@ def run_stage(
     progress.update(len(tasks) - len(todo))
     groups = [list(group) for _, group in itertools.groupby(sorted(todo, key=same_kernel), key=same_kernel)]
     groups.sort(key=lambda group: todo.index(group[0]))
-    # What is compiled anew for every length is not compiled yet.
-    compile_all([g for g in groups if compile_first or getattr(KERNELS.get(g[0]["kernel"]), "per_length", False)], ask)
-    workers = [Worker(ask, first=group[0] | {"load": True}) for group in groups]
-    for number, (group, worker) in enumerate(zip(groups, workers, strict=True)):
-        for early in workers[number : number + 2]:
-            early.start()
-        for task in group:
-            progress.set_postfix_str(f"{task['kernel']}, {task['pass']}, T = {task['T']}")
-            if task["configuration"] is None:
-                found = {"problem": "not tried: no configuration ran at the length where they are tried"}
-            else:
-                found = worker.ask(task, seconds=PATIENCE)
-            rows.append(task | found)
-            save()
-            progress.update()
-        worker.stop()
+    for start in range(0, len(groups), TOGETHER):
+        batch = groups[start : start + TOGETHER]
+        progress.set_postfix_str("compiles " + ", ".join(dict.fromkeys(group[0]["kernel"] for group in batch)))
+        # What is compiled anew for every length is not compiled yet.
+        compile_all(
+            [t for g in batch for t in g if compile_first or getattr(KERNELS.get(t["kernel"]), "per_length", False)],
+            ask,
+        )
+        workers = [Worker(ask, first=group[0] | {"load": True}) for group in batch]
+        for number, (group, worker) in enumerate(zip(batch, workers, strict=True)):
+            for early in workers[number : number + 2]:
+                early.start()
+            for task in group:
+                progress.set_postfix_str(f"{task['kernel']}, {task['pass']}, T = {task['T']}")
+                if task["configuration"] is None:
+                    found = {"problem": "not tried: no configuration ran at the length where they are tried"}
+                else:
+                    found = worker.ask(task, seconds=PATIENCE)
+                rows.append(task | found)
+                save()
+                progress.update()
+            worker.stop()
 
 
-def compile_all(groups: list[list[dict]], ask: str) -> None:
-    """Runs all tasks for the compiler's sake, many kernels at once, as far as processors and memory reach.
+def compile_all(tasks: list[dict], ask: str) -> None:
+    """Runs all tasks for the compiler's sake, many at once, as far as processors and memory reach.
 
     What goes wrong here goes wrong again later, where it is written down.
     """
 
-    def compile_group(group: list[dict]) -> None:
+    def compile_task(task: dict) -> None:
         # Who was fastest in this crowd must not be remembered.
         worker = Worker(ask, environment={"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"})
-        for task in group:
-            if task["pass"] == "train" and task["configuration"] is not None:
-                worker.ask(task | {"compile": True}, seconds=PATIENCE)
+        worker.ask(task | {"compile": True}, seconds=PATIENCE)
         worker.stop()
 
+    tasks = [task for task in tasks if task["pass"] == "train" and task["configuration"] is not None]
     memory = torch.cuda.mem_get_info()[1] if has_gpu() else 0
     at_once = max(1, min((os.cpu_count() or 1) - 2, memory // (12 * 2**30)))
-    if len(groups) > 1 and at_once > 1:
+    if len(tasks) > 1 and at_once > 1:
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            jobs = [pool.submit(compile_group, group) for group in groups]
-            for job in tqdm(concurrent.futures.as_completed(jobs), "compile", len(jobs), disable=None, leave=False):
-                job.result()
+            list(pool.map(compile_task, tasks))
 
 
 def is_ours(row: dict) -> bool:
