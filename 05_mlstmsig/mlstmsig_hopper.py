@@ -394,8 +394,8 @@ def values_load_partition(
 
 @gluon.jit
 def values_state_partition(
-    y_desc, own_y_ptr, gates_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, gates_smem, P_smem, weighted_smem,
-    C_smem, y_smem, full, empty, P_full, P_empty,
+    y_desc, own_y_ptr, own_state_ptr, gates_ptr, first_ptr,
+    a_smem, b_smem, x_smem, own_smem, gates_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty,
     batch, head_, bh, first_k, T, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr,
     DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -424,12 +424,15 @@ def values_state_partition(
         y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
         C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
         mbarrier.wait(P_full.index(0), n & 1)
-        y = warpgroup_mma_wait(1, deps=[y])
-        y = warpgroup_mma(P_smem.index(0), b, y * read, is_async=True)
+        y = warpgroup_mma_wait(1, deps=[y]) * read
+        offs_t = tile * BLOCK + offs_l
+        if BACKWARD:
+            own_state = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
+            gl.store(own_state_ptr + offs_t, own_state, mask=offs_t < T)
+        y = warpgroup_mma(P_smem.index(0), b, y, is_async=True)
         y, C = warpgroup_mma_wait(0, deps=[y, C])
         # q . dq or k . dk, from the accumulator, before dq or dk is rounded
         own_y = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
-        offs_t = tile * BLOCK + offs_l
         gl.store(own_y_ptr + offs_t, own_y, mask=offs_t < T)
         tma.store_wait(0)
         y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
@@ -442,14 +445,14 @@ def values_state_partition(
 
 @gluon.jit
 def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, own_y_ptr, gates_desc, gates_ptr, first_ptr,
+    a_desc, b_desc, x_desc, own_desc, y_desc, own_y_ptr, own_state_ptr, gates_desc, gates_ptr, first_ptr,
     T, NT, NH, BH, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C^T) + P B, C <- decay C + (write * B)^T X, P = A X^T * Wr. Grid: (tiles of DQK) * B * NH.
 
-    forward     A, B, X, Y = dH, K, V, dQ
-    backward    A, B, X, Y = V, Q, dH, dK, and C is dC
+    forward     A, B, X, Y = dH, K, V, dQ: also q . dq
+    backward    A, B, X, Y = V, Q, dH, dK, and C is dC: also k . dk, and the part of it that comes from the state
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
     tile_k, bh = gl.program_id(0) % TILES, (gl.program_id(0) // TILES).to(gl.int64)
@@ -467,14 +470,16 @@ def state_times_values_kernel(
     if first_ptr is not None:
         first_ptr += bh * DQK * DHV
     own_y_ptr += (tile_k * BH + bh) * T
+    if own_state_ptr is not None:
+        own_state_ptr += (tile_k * BH + bh) * T
     gl.warp_specialize(
         [
             (
                 values_state_partition,
                 (
-                    y_desc, own_y_ptr, gates_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, gates_smem, P_smem,
-                    weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_, bh, tile_k * BK, T, NT,
-                    BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
+                    y_desc, own_y_ptr, own_state_ptr, gates_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
+                    gates_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_, bh,
+                    tile_k * BK, T, NT, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
             ),
             (
@@ -508,68 +513,71 @@ def sigmoid_minus(x):
 
 
 @triton.jit
-def add_within(new_1, x_1, y_1, new_2, x_2, y_2):
-    """Of two stretches of steps, one after the other: the sums of x and y since the last mark."""
-    return new_1 | new_2, x_2 + tl.where(new_2, 0.0, x_1), y_2 + tl.where(new_2, 0.0, y_1)
+def one_after_the_other(a_1, b_1, a_2, b_2):
+    """Of two maps x -> a x + b: the second one of what the first one gives."""
+    return a_1 * a_2, a_2 * b_1 + b_2
 
 
 @triton.jit
 def dgates_kernel(
-    i_ptr, f_ptr, gates_ptr, q_dq_ptr, k_dk_ptr, carry_ptr, carry_T_ptr, di_ptr, df_ptr,
+    i_ptr, f_ptr, gates_ptr, q_dq_ptr, k_dk_ptr, k_dk_state_ptr, carry_ptr, carry_T_ptr, di_ptr, df_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
-    T, NT, NH, BH, TILES_K, TILES_V, s, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    T, NT, NH, BH, TILES_K, TILES_V, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """di and df of the STEPS steps from one border to the next. Grid: borders * B * NH.
+    """di and df of the tiles from one border to the next. Grid: borders * B * NH.
 
-    di_bar is k . dk. f_t weakens everything that crosses step t. At a border that is carry = <C, dC>, where a document
-    begins it is 0, and from step to step
-      df_bar_(t+1) = df_bar_t + change_t,    change = k . dk - q . dq.
-    C and dC enter these products in bfloat16, and what that rounds away adds up from step to step. So df_bar_t is found
-    from both sides, from the border or beginning of a document before t and from the one after it, and the two are
-    weighted inversely to the variance gathered on the way: of the terms' parts that passed through the state. (What
-    q . dq and k . dk have in common within a tile is rounded alike and cancels.)
+    di_bar is k . dk. f_t weakens everything that crosses step t, so df_bar_t is the sum over all that does. In a tile:
+      state before the tile, k_j v_j with j < t -> h_r with r >= t      sum over r >= t of to_h = q . dq - k . dk's rest
+      k_j v_j with j < t -> state after the tile                        sum over j < t of to_state, k . dk's state part
+      state before -> state after                                       pass
+    as in mlstmsig_tfla.py. But there pass = decay <C, dC> is known for every chunk; here C and dC meet at the borders
+    alone. <C, dC> where a tile begins is pass + all of to_h, where it ends pass + all of to_state: so pass is
+    found tile by tile from the border before, and again from the border behind. Either way gathers what C and dC lose
+    in bfloat16, and the two are weighted by the squares of what they summed up. What is found where next to nothing
+    passes (decay far below 2^-10, half of bfloat16's last digit) is such loss alone, and left out.
     """
-    borders = tl.cdiv(T, STEPS)
+    borders = tl.cdiv(NT, BORDER)
     bh, c = (tl.program_id(0) // borders).to(tl.int64), tl.program_id(0) % borders
     i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
     di_ptr, df_ptr = head(di_ptr, bh, NH, stride_dib, stride_dih), head(df_ptr, bh, NH, stride_dfb, stride_dfh)
-    offs_l = tl.arange(0, STEPS)
-    offs_t = (c * STEPS + offs_l).to(tl.int64)
+    tile = c * BORDER + tl.arange(0, BORDER)
+    offs_t = (tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)  # (BORDER, BLOCK)
     mask = offs_t < T
 
-    rows = gates_ptr + (bh * NT + offs_t // BLOCK) * 8 * BLOCK + offs_t % BLOCK
-    share_q = tl.load(rows + 4 * BLOCK, mask=mask, other=0.0) / s
-    share_k = tl.load(rows + 5 * BLOCK, mask=mask, other=0.0)
-    change, di_bar = tl.zeros((STEPS,), dtype=tl.float32), tl.zeros((STEPS,), dtype=tl.float32)
-    variance = tl.zeros((STEPS,), dtype=tl.float32)
-    for tile in range(TILES_K):
-        offs = (tile * BH + bh) * T + offs_t
+    to_h, to_state = tl.zeros((BORDER, BLOCK), dtype=tl.float32), tl.zeros((BORDER, BLOCK), dtype=tl.float32)
+    di_bar = tl.zeros((BORDER, BLOCK), dtype=tl.float32)
+    for tile_k in range(TILES_K):
+        offs = (tile_k * BH + bh) * T + offs_t
         q_dq = tl.load(q_dq_ptr + offs, mask=mask, other=0.0)
         k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
-        q_part, k_part = share_q * q_dq, share_k * k_dk
-        variance += q_part * q_part + k_part * k_part
-        change, di_bar = change + (k_dk - q_dq), di_bar + k_dk
+        k_dk_state = tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
+        to_h, to_state, di_bar = to_h + (q_dq - (k_dk - k_dk_state)), to_state + k_dk_state, di_bar + k_dk
     before, after = tl.full((), 0.0, dtype=tl.float32), tl.full((), 0.0, dtype=tl.float32)
-    for tile in range(TILES_V):
-        carry = carry_ptr + (tile * BH + bh) * borders + c
+    for tile_v in range(TILES_V):
+        carry = carry_ptr + (tile_v * BH + bh) * borders + c
         before += tl.load(carry)
         after += tl.load(carry + 1, mask=c + 1 < borders, other=0.0)
     if carry_T_ptr is not None:
         after += tl.load(carry_T_ptr + bh, mask=c + 1 == borders, other=0.0)
 
+    decay = tl.load(gates_ptr + ((bh * NT + tile) * 8 + 6) * BLOCK, mask=tile < NT, other=1.0)
+    keep = tl.where(tile < NT, decay * decay / (decay * decay + 2.0**-20), 1.0)  # past T everything passes
+    all_h, all_state = tl.sum(to_h, axis=1), tl.sum(to_state, axis=1)
+    a, b = tl.associative_scan((keep, all_state - keep * all_h), 0, one_after_the_other)
+    from_before = a * before + b - all_state
+    a, b = tl.associative_scan((keep, all_h - keep * all_state), 0, one_after_the_other, reverse=True)
+    from_after = a * after + b - all_h
+    squares_h, squares_state = all_h * all_h, all_state * all_state
+    error_before = tl.cumsum(squares_h + squares_state, 0) - squares_state
+    error_after = tl.cumsum(squares_h + squares_state, 0, reverse=True) - squares_h
+    both = error_before + error_after
+    passing = from_after + (from_before - from_after) * (error_after / tl.where(both > 0.0, both, 1.0))
+
+    # The sums over r >= t are formed from the end: where there is no gradient any more, df is exactly 0.
+    df_bar = passing[:, None] + tl.cumsum(to_h, 1, reverse=True) + (tl.cumsum(to_state, 1) - to_state)
     i = tl.load(i_ptr + offs_t * stride_it, mask=mask, other=0.0).to(tl.float32)
     f = tl.load(f_ptr + offs_t * stride_ft, mask=mask, other=0.0).to(tl.float32)
-    f_next = tl.load(f_ptr + (offs_t + 1) * stride_ft, mask=(offs_t + 1 < T) & (offs_l < STEPS - 1), other=0.0)
-    begins, ends = f < FORGOTTEN, f_next.to(tl.float32) < FORGOTTEN
-    begun, sum_before, variance_before = tl.associative_scan((begins, change, variance), 0, add_within)
-    ended, sum_after, variance_after = tl.associative_scan((ends, change, variance), 0, add_within, reverse=True)
-    from_before = tl.where(begun, 0.0, before) + (sum_before - change)
-    from_after = tl.where(ended, 0.0, after) - sum_after
-    variance_before -= variance  # that of t itself lies behind it
-    both = variance_before + variance_after
-    df_bar = from_after + (from_before - from_after) * (variance_after / tl.where(both > 0.0, both, 1.0))
-
     df = tl.where(f == -float("inf"), 0.0, df_bar * sigmoid_minus(f))
     tl.store(di_ptr + offs_t * stride_dit, (di_bar * sigmoid_minus(i)).to(di_ptr.dtype.element_ty), mask=mask)
     tl.store(df_ptr + offs_t * stride_dft, df.to(df_ptr.dtype.element_ty), mask=mask)
@@ -668,20 +676,21 @@ def launch_backward(
     )  # fmt: skip
     p = values_options(DQK, DHV)
     tiles_k = triton.cdiv(DQK, p["BK"])
-    q_dq, k_dk = empty(tiles_k, B, NH, T), empty(tiles_k, B, NH, T)
+    q_dq, k_dk, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(3))
     keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
-    for BACKWARD, a, b, x, own, y, own_y, first in (
-        (False, dh, k, v, q, dq, q_dq, C_0),
-        (True, v, q, dh, k, dk, k_dk, dC_T),
+    for BACKWARD, a, b, x, own, y, own_y, own_state, first in (
+        (False, dh, k, v, q, dq, q_dq, None, C_0),
+        (True, v, q, dh, k, dk, k_dk, k_dk_state, dC_T),
     ):
         state_times_values_kernel[(tiles_k * B * NH,)](
-            values(a), keys(b), values(x), keys(own), keys(y), own_y, gates_, gates, first, T, NT, NH, B * NH,
-            BACKWARD=BACKWARD, **p,
+            values(a), keys(b), values(x), keys(own), keys(y), own_y, own_state, gates_, gates, first,
+            T, NT, NH, B * NH, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
     carry_T = None if dC_T is None else (C_T * dC_T).sum(dim=(-2, -1))
     dgates_kernel[(borders.shape[2] * B * NH,)](
-        i, f, gates, q_dq, k_dk, carry, carry_T, di, df, *i.stride(), *f.stride(), *di.stride(), *df.stride(),
-        T, NT, NH, B * NH, tiles_k, tiles_v, DQK**-0.5, BORDER * BLOCK, BLOCK, num_warps=4,
+        i, f, gates, q_dq, k_dk, k_dk_state, carry, carry_T, di, df,
+        *i.stride(), *f.stride(), *di.stride(), *df.stride(),
+        T, NT, NH, B * NH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0
 

@@ -52,6 +52,16 @@ def test_equals_the_chunkwise_form(DQK, DHV, regime, T):
 
 
 @ON_HOPPER
+@pytest.mark.parametrize(("DQK", "DHV"), [(64, 64), (128, 256)])
+@pytest.mark.parametrize("shift_f", [-6, 5])
+def test_short_and_long_memory(DQK, DHV, shift_f):
+    """Where df is made of one tile alone, and where nearly all passes through hundreds of them."""
+    properties.compare_with_chunkwise(
+        mlstmsig_hopper, 2, 4, 3000, DQK, DHV, dtype=BFLOAT16, cell="sig", shift_f=shift_f
+    )
+
+
+@ON_HOPPER
 @settings(max_examples=40)
 @given(
     properties.cases([BFLOAT16], max_T=300), st.sampled_from([32, 48, 64, 96, 128]), st.sampled_from([32, 40, 128, 256])
@@ -121,20 +131,34 @@ def test_gradients_of_gates_from_exact_sums(regime, with_state):
         return torch.from_numpy((to_numpy(x) * to_numpy(y)).sum(axes)).float().to(DEVICE)
 
     q_dq, k_dk = (product(x, whole[name], -1)[None] for x, name in ((inputs.q, "dq"), (inputs.k, "dk")))
+    # The state's part of k . dk: with the gradient of the state after the step's tile, from the steps behind it.
+    k_dk_state = torch.zeros_like(k_dk)
+    for end in range(stage.BLOCK, T + stage.BLOCK, stage.BLOCK):
+        start, dC = end - stage.BLOCK, dstate and dstate[0]
+        if end < T:
+            x = properties.cut(inputs, end, None)
+            zero = (torch.zeros(B, NH, 8, 8, dtype=torch.float64, device=DEVICE),)
+            dC = torch.from_numpy(oracle(x, dh[:, :, end:], initial_state=zero, dstate=dstate, cell="sig")["dC_0"])
+        if dC is not None:
+            _, k, v, i, f = properties.cut(inputs, start, end)
+            w_end = gate_weights(i, f)[0][..., -1, :, None]
+            k_dk_state[0, :, :, start:end] = (k * w_end * (v @ dC.to(DEVICE).mT)).sum(-1)
     first = product(state[0], whole["dC_0"], (-2, -1)) if with_state else torch.zeros(B, NH, device=DEVICE)
     carry = torch.stack([first, product(part["C"], rest["dC_0"], (-2, -1))], dim=-1)[None].contiguous()
     carry_T = product(whole["C"], dstate[0], (-2, -1)) if with_state else None
     i, f = inputs.i.float(), inputs.f.float()
-    di, df, NT, s = torch.empty_like(i), torch.empty_like(f), -(-T // stage.BLOCK), 8**-0.5
+    di, df, NT = torch.empty_like(i), torch.empty_like(f), -(-T // stage.BLOCK)
     gates = torch.empty(B * NH * NT * 8, stage.BLOCK, device=DEVICE)
     stage.gates_kernel[(-(-NT // 8) * B * NH,)](
-        i, f, gates, *i.stride(), *f.stride(), T, NT, NH, s, stage.BLOCK, 8, num_warps=4
+        i, f, gates, *i.stride(), *f.stride(), T, NT, NH, 0.25, stage.BLOCK, 8, num_warps=4
     )
     stage.dgates_kernel[(2 * B * NH,)](
-        i, f, gates, q_dq, k_dk, carry, carry_T, di, df, *i.stride(), *f.stride(), *di.stride(), *df.stride(),
-        T, NT, NH, B * NH, 1, 1, s, STEPS, stage.BLOCK, num_warps=4,
+        i, f, gates, q_dq, k_dk, k_dk_state, carry, carry_T, di, df,
+        *i.stride(), *f.stride(), *di.stride(), *df.stride(),
+        T, NT, NH, B * NH, 1, 1, stage.BORDER, stage.BLOCK, num_warps=4,
     )  # fmt: skip
-    check({"di": di, "df": df}, whole, budgets={"di": 1e-6, "df": 1e-6}, verbose=False)
+    # df: of a decay that is not far above 2^-10, 2 % are left out here (see dgates_kernel): 1.5e-4 of what crosses.
+    check({"di": di, "df": df}, whole, budgets={"di": 1e-6, "df": 5e-4}, verbose=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +332,7 @@ def test_without_triton_the_import_says_what_works():
 # ---------------------------------------------------------------------------------------------------------------------
 def test_compiles_ahead_of_time():
     """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
-    rows = properties.compile_ahead_of_time("sm_90", "stage05_hopper_aot.json", "mlstmsig_hopper")
+    rows = properties.compile_ahead_of_time("sm_90", "stage05_hopper_aot.json", "mlstmsig_hopper", witness="bfloat16")
     assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
     assert all(row["stack"] == 0 for row in rows), "registers spill"
 
@@ -317,9 +341,9 @@ def test_compiles_ahead_of_time():
 # Mutants
 # ---------------------------------------------------------------------------------------------------------------------
 def suite(module) -> None:
-    for regime in ("typical", "resets"):
+    for regime, shift_f in (("typical", 0), ("resets", 0), ("typical", 5)):
         properties.compare_with_chunkwise(
-            module.mlstmsig_hopper, 1, 2, 1100, 72, 104, dtype=BFLOAT16, regime=regime, cell="sig"
+            module.mlstmsig_hopper, 1, 2, 1100, 72, 104, dtype=BFLOAT16, regime=regime, cell="sig", shift_f=shift_f
         )
 
 
@@ -334,14 +358,16 @@ MUTANTS = [
     ("tl.where(start_last < 0, tl.exp(g.to(tl.float32)), 0.0)", "tl.exp(g.to(tl.float32))"),
     # weights
     ("P_smem.index(P_stage).permute((1, 0)), y * read,", "P_smem.index(P_stage).permute((1, 0)), y,"),
-    ("P_smem.index(0), b, y * read,", "P_smem.index(0), b, y,"),
+    ("y = warpgroup_mma_wait(1, deps=[y]) * read", "y = warpgroup_mma_wait(1, deps=[y])"),
     # gradients of the gates, and states
     ("gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0)",
      "gl.sum(gl.sum(border.to(gl.float32) * 0.0, axis=1), axis=0)"),
-    ("change + (k_dk - q_dq)", "change + (k_dk + q_dq)"),
+    ("to_h + (q_dq - (k_dk - k_dk_state))", "to_h + (q_dq - k_dk)"),
+    ("to_state + k_dk_state,", "to_state,"),
     ("    before += tl.load(carry)", "    before += 0.0 * tl.load(carry)"),
+    ("        after += tl.load(carry_T_ptr", "        after += 0.0 * tl.load(carry_T_ptr"),
     ("(di_bar * sigmoid_minus(i))", "di_bar"),
-    ("        (True, v, q, dh, k, dk, k_dk, dC_T),", "        (True, v, q, dh, k, dk, k_dk, None),"),
+    ("dk, k_dk, k_dk_state, dC_T),", "dk, k_dk, k_dk_state, None),"),
 ]  # fmt: skip
 
 
