@@ -1,6 +1,7 @@
-"""Stage 05, mlstmsig_hopper.py. There is no interpreter for Gluon: its kernels run on a Hopper GPU or not at all.
+"""Stage 05's mlstmsig_hopper.py; not selected with its stage as long as it is not finished.
 
-Without one, they are compiled, and the checks of arguments are tested.
+There is no interpreter for Gluon: its kernels run on a Hopper GPU or not at all. Without one, they are compiled, and
+the checks of arguments and the passes over the gates are tested.
 """
 
 import math
