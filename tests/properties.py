@@ -476,20 +476,21 @@ def compile_ahead_of_time(target: str, record: str, *files: str, witness: str = 
     recorded = json.loads((ROOT / "shared/results" / record).read_text())
     rows = [row for row in recorded["rows"] if row["target"] == target]
     same_triton = recorded["triton"] == metadata.version("triton")
-    same = same_triton and recorded["sources"] == {file: aot.digest(file) for file in files}
-    if not same or target == "sm_90":
+    if same_triton:
+        same = recorded["sources"] == {file: aot.digest(file) for file in files}
+        assert same, f"{record} is of other sources: make it anew, see tfla_lab/aot.py"
+    if not same_triton or target == "sm_90":
         arguments = ["--target", target, "--json", *(part for file in files for part in ("--file", file))]
-        arguments += ["--dtype", witness] if same else []
+        arguments += ["--dtype", witness] if same_triton else []
         code = f"import sys; from tfla_lab.aot import main; sys.exit(main({arguments}))"
         result = run_python(code, TRITON_INTERPRET="0")
         assert result.returncode == 0, result.stdout + result.stderr
         compiled = json.loads(result.stdout)["rows"]
-        assert same or not same_triton, f"{record} is of other sources: make it anew, see tfla_lab/aot.py"
-        if not same:
-            rows = compiled
-        else:
-            assert compiled, "no witness"
+        assert compiled, "nothing was compiled"
+        if same_triton:
             assert compiled == [row for row in rows if row["configuration"].startswith(witness + " ")]
+        else:
+            rows = compiled
     assert not any(row["error"] for row in rows)
     assert all(row["shared"] <= row["limit"] for row in rows)
     return rows

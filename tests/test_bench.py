@@ -195,6 +195,7 @@ def test_results_of_another_machine_or_commit_are_not_mixed_in(monkeypatch, tmp_
         (["--batch", "0"], "argument --batch: must be at least 1"),
         (["--only", "nothing"], "argument --only: invalid choice: 'nothing'"),
         (["--only", "sdpa_flash", "--chunk-size", "64"], "argument --chunk-size: not for sdpa_flash"),
+        (["--only", "mlstmsig_hopper", "--chunk-size", "64"], "argument --chunk-size: not for mlstmsig_hopper"),
         ([], "no GPU here: there is nothing to time"),
     ],
 )

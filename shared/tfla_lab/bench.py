@@ -192,7 +192,7 @@ def right(kernel: Kernel, found: dict[str, float], dtype: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 def start_row(name: str, T: int, B: int, NH: int, DQK: int, DHV: int, dtype: torch.dtype, configuration: dict) -> dict:
     row = {"kernel": name, "T": T, "batch": B, "heads": NH, "d_qk": DQK, "d_hv": DHV}
-    if KERNELS[name].ours and name in FORMS:
+    if name in FORMS:
         row["chunk_size"] = configuration.get("chunk_size") or default_chunk_size(name, DQK, DHV)
     return row | {"dtype": str(dtype).removeprefix("torch.")}
 

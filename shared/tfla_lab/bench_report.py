@@ -10,6 +10,7 @@ import argparse
 import collections
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -111,28 +112,34 @@ def shapes_table(result: dict) -> str:
     return markdown(["kernel", *(f"{NH} × ({DQK}, {DHV})" for NH, DQK, DHV in shapes)], lines)
 
 
+def table_over(result: dict, kind: str, names: Iterable[str], number: str, head: str, column: str) -> str:
+    """One number of each kernel, over lengths or batches.
+
+    Args:
+        kind: the rows' "pass".
+        number: how a row's number is written, as str.format takes it.
+        head, column: over the names, and over the numbers.
+    """
+    found = {name: rows for name in names if (rows := rows_of(result, kind, name))}
+    columns = sorted({at for rows in found.values() for at in rows})
+
+    def written(row: dict | None) -> str:
+        if row is None:
+            return ""
+        return number.format(**row) if "forward_ms" in row or "step_us" in row else short(row)
+
+    lines = [[title(name), *(written(rows.get(at)) for at in columns)] for name, rows in found.items()]
+    return markdown([head, *(column.format(at) for at in columns)], lines)
+
+
 def prefill_table(result: dict) -> str:
     """One long sequence: forward, with the state after it."""
-    found = {name: rows for name in KERNELS if (rows := rows_of(result, "prefill", name))}
-    lengths = sorted({T for rows in found.values() for T in rows})
-
-    def number(row: dict | None) -> str:
-        return "" if row is None else f"{row['forward_ms']:.2f}" if "forward_ms" in row else short(row)
-
-    lines = [[title(name), *(number(rows.get(T)) for T in lengths)] for name, rows in found.items()]
-    return markdown(["kernel", *(f"T = {T:,}" for T in lengths)], lines)
+    return table_over(result, "prefill", KERNELS, "{forward_ms:.2f}", "kernel", "T = {:,}")
 
 
 def steps_table(result: dict) -> str:
     """A step of generation, in µs."""
-    found = {name: rows for name in STEPS if (rows := rows_of(result, "decode", name))}
-    batches = sorted({B for rows in found.values() for B in rows})
-
-    def number(row: dict | None) -> str:
-        return "" if row is None else f"{row['step_us']:.1f}" if "step_us" in row else short(row)
-
-    lines = [[title(name), *(number(rows.get(B)) for B in batches)] for name, rows in found.items()]
-    return markdown(["step", *(f"batch {B}" for B in batches)], lines)
+    return table_over(result, "decode", STEPS, "{step_us:.1f}", "step", "batch {}")
 
 
 def remarks(result: dict) -> str:

@@ -74,7 +74,7 @@ class Kernel:
     @property
     def chunked(self) -> bool:
         """Whether it takes a chunk size."""
-        return self.ours or "chunk_size" in self.configurations[0]
+        return self.name in FORMS or "chunk_size" in self.configurations[0]
 
     def shape(self, NH: int, DQK: int, DHV: int) -> tuple[int, int, int]:
         """Heads and head dimensions with which it stands beside an mLSTM of these: of attention, the same width."""
