@@ -181,12 +181,26 @@ def mlstmsig_hopper(stage, dtype: str):
         yield f"{dtype} {DQK}/{DHV}", launches
 
 
+def mlstm_hopper(stage, dtype: str):
+    """In bfloat16 alone; a kernel for each power of two that the heads fit into; sequences whole and in spans."""
+    if dtype != "bfloat16":
+        return
+    for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
+        (*x, h), state = tensors(dtype, DQK, DHV)
+        with catch_launches() as launches:
+            for start, SPAN in ((state, 16), ((None,) * 3, 16), ((None,) * 3, 8)):
+                stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
+                _, C_T, _, _, *saved = stage.launch_forward(*x, *start, False)
+                stage.launch_backward(h, *start, *x, *start, C_T, *saved, False)
+        yield f"{dtype} {DQK}/{DHV}", launches
+
+
 FILES = {
     function.__name__: function
-    for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode, mlstmsig_tfla, mlstmsig_hopper)
+    for function in (mlstm_limit_chunk, mlstm_tfla, mlstm_decode, mlstm_hopper, mlstmsig_tfla, mlstmsig_hopper)
 }
 # Files that are for some targets alone.
-ONLY = {"mlstmsig_hopper": ("sm_90",)}
+ONLY = {"mlstm_hopper": ("sm_90",), "mlstmsig_hopper": ("sm_90",)}
 
 
 class catch_launches:

@@ -1,0 +1,1428 @@
+"""Stage 04: the mLSTM on Hopper GPUs (H100, H200) in bfloat16, forward and backward, in Gluon, Triton's lower level.
+
+mlstm_tfla.py beside this file computes the same on any GPU. There, a chunk is cut into tiles of an L x L matrix, and
+the states between chunks go through memory. Here a program walks along a whole sequence in tiles of 64 steps and keeps
+the state on chip: TFLA (arXiv 2503.14376) with its inner level made recurrent. Work stays linear in T, no state is
+written and read again, and everything comes from memory once. Of a tile, with P = Q K^T * Wr:
+
+    forward, tile by tile            backward, from the last tile to the first
+    H  = w_read * (Q C) + P V        dV = w_end * (K dC) + P^T dH
+    C <- decay C + (w_end * K)^T V   dK = w_end * (V dC^T + dn) + dP^T Q,    dP = (dH V^T + delta) * Wr
+                                     dC <- decay dC + (w_read * Q)^T dH
+    and once more for the gradient of the queries:  dQ = w_read * (dH C^T + delta n) + dP K
+
+So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
+All stabilizers m and, as it takes little more than k, the normalizer state n of every tile come from passes before:
+
+    forward     summary_kernel -> stabilizers_kernel -> vectors_kernel, rows_kernel -> (spans) -> h
+    backward    rows_backward_kernel -> (spans) -> dv -> dh_h_kernel -> delta_kernel -> vectors_kernel -> dq, dk
+                -> dgates_kernel
+
+The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
+
+    load     one warp: has the copy engine (TMA) bring tile after tile into a ring of buffers
+    scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
+    state    the others: keep the state in their registers, multiply with it, and add to it
+
+Where sequences are so few that most of the GPU would stand idle, each is cut into spans, one program each: spans_kernel
+computes what each of them adds to the state, start_kernel with which state each of them starts.
+
+Glossary (name in code = symbol = shape; NT tiles of 64 steps):
+    b        sum of log sigmoid(f) since the tile began, without resets; g is its last value
+    u        i_j - b_j, so that log D_ij = b_i + u_j
+    m        stabilizers of the states where tiles begin and end     (B, NH, NT+1)
+    n        the normalizer states                                   (B, NH, NT+1, DQK)
+    decay    e^(g + m_{c-1} - m_c) of each tile                      (B, NH, NT)
+    rows     of each tile eight rows of 64 steps in float32          (B * NH * NT * 8, 64)
+               0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; backward: of s r e^(b_i - m_i)
+               2, 3  u_j in base 2, in two parts
+               4     bounds: where in the tile step i's document begins, and where step j's ends, in one number
+               5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; backward: times r
+               6     w_end: e^(g + u_j - m_c), weight of step j in the next state
+               7     e^(-m_i), the floor of the denominator; backward: delta
+    S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
+    Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
+    delta    D times the gradient of S                                       (B, NH, T)
+    borders  C^T as every 8th tile finds it, for the gradients of the gates  (B, NH, borders, DHV, DQK)  bfloat16
+
+Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstm_tfla.py has them all).
+
+Copy this file: it needs torch and triton, 3.6 or newer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError as error:
+    raise ImportError(
+        "mlstm_hopper.py needs Triton 3.6 or newer. mlstm_tfla.py beside it runs with older ones, and "
+        "mlstm_chunkwise.py in 03_chunkwise computes the same without Triton."
+    ) from error
+
+__all__ = ["mlstm_hopper"]
+
+State = tuple[Tensor, Tensor, Tensor]
+
+# Steps in a tile, and tiles from one stored state to the next.
+BLOCK = 64
+BORDER = 8
+# log sigmoid(f) below this, f = -inf above all, begins a new document. It is left out of the sums, and the masks keep
+# the old document out. No stabilizer is lower: what weighs less than e^(-10^7) is nothing.
+FORGOTTEN = tl.constexpr(-1e7)
+# The floor e^(-m) of the denominator must stay a number that one can divide by. So m is capped there.
+M_CAP = tl.constexpr(60.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates, stabilizers and normalizer states, in plain Triton
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 03_chunkwise/mlstm_limit_chunk.py::head
+@triton.jit
+def head(ptr, bh, NH, stride_b, stride_h):
+    """Where head bh = b * NH + h of a (B, NH, ...) tensor begins."""
+    return ptr + bh // NH * stride_b + bh % NH * stride_h
+
+
+# same as 04_tfla_triton/mlstm_tfla.py::two_parts
+@triton.jit
+def two_parts(x):
+    """x in float64 as the sum of two float32: multiples of 1/64, which add up without rounding, and what is left."""
+    x = tl.where(x < -1e30, -1e30, x)  # -inf would leave inf - inf; tl.maximum would hide NaN
+    high = (tl.floor(x * 64.0) / 64.0).to(tl.float32)
+    return high, (x - high).to(tl.float32)
+
+
+# same as 04_tfla_triton/mlstm_tfla.py::join_stretches
+@triton.jit
+def join_stretches(start_1, u_max_1, start_2, u_max_2):
+    """Of two stretches of steps, one after the other: where the last document began, and its largest u."""
+    return tl.maximum(start_1, start_2), tl.where(start_2 >= 0, u_max_2, tl.maximum(u_max_1, u_max_2))
+
+
+@triton.jit
+def sooner(end_1, end_2):
+    return tl.minimum(end_1, end_2)
+
+
+@triton.jit
+def largest_after(g_1, a_1, g_2, a_2):
+    """Of two maps m -> max(m + g, a): the second one of what the first one gives."""
+    return g_1 + g_2, tl.maximum(a_1 + g_2, a_2)
+
+
+@triton.jit
+def one_after_the_other(a_1, b_1, a_2, b_2):
+    """Of two maps x -> a x + b: the second one of what the first one gives."""
+    return a_1 * a_2, a_2 * b_1 + b_2
+
+
+@triton.jit
+def tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T):
+    """b, u, start of the document and largest u in it so far, of tiles side by side (TILES, BLOCK), in float64."""
+    i = tl.load(i_ptr + offs_t * stride_it, mask=offs_t < T, other=-float("inf")).to(tl.float64)
+    f = tl.load(f_ptr + offs_t * stride_ft, mask=offs_t < T, other=float("inf")).to(tl.float64)
+    f_bar = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))  # float64: nothing visible is lost in 1 + e^-|f|
+    reset = f < FORGOTTEN
+    b = tl.cumsum(tl.where(reset, 0.0, f_bar), 1)
+    u = i - b
+    start, u_max = tl.associative_scan((tl.where(reset, offs_l, -1), u), 1, join_stretches)
+    return b, u, start, u_max
+
+
+@triton.jit
+def summary_kernel(
+    i_ptr, f_ptr, k_ptr, g_ptr, a_ptr, n_ptr,
+    stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft, stride_kb, stride_kh, stride_kt,
+    T, NT, NH, DQK, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+):  # fmt: skip
+    """What a tile does to the state: C -> e^g C + e^a (...), and the sum for n. Grid: NT * B * NH.
+
+    g is -inf where a document begins in the tile; a = max_j (g + u_j) of the steps that are in the document at its end.
+    """
+    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
+    i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
+    offs_l, offs_k = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK_DQK)[None, :]
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
+    b, u, start, u_max = tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T)
+    last = offs_l == BLOCK - 1
+    g, start = tl.sum(tl.where(last, b, 0.0)), tl.max(start)
+    a = tl.maximum(g + tl.sum(tl.where(last, u_max, 0.0)), FORGOTTEN)
+    w = tl.sum(tl.where(offs_l >= start, tl.exp(g + u - a), 0.0).to(tl.float32), axis=0)[:, None]  # (BLOCK, 1)
+    offs_t = (tile * BLOCK + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    k_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh)
+    k = tl.load(k_ptr + offs_t * stride_kt + offs_k, mask=(offs_t < T) & (offs_k < DQK), other=0.0)
+    n = tl.sum(k.to(tl.float32) * w, axis=0)[None, :]
+    tl.store(n_ptr + (bh * NT + tile) * DQK + offs_k, n, mask=offs_k < DQK)
+    tl.store(g_ptr + bh * NT + tile, tl.where(start < 0, g, -float("inf")))
+    tl.store(a_ptr + bh * NT + tile, a)
+
+
+@triton.jit
+def stabilizers_kernel(g_ptr, a_ptr, m_0_ptr, m_ptr, NT, TILES: tl.constexpr):
+    """m_c = max(g + m_{c-1}, a) of all tiles c of a head. Grid: B * NH. Loop: over the tiles, TILES at a time."""
+    bh = tl.program_id(0).to(tl.int64)
+    g_ptr, a_ptr, m_ptr = g_ptr + bh * NT, a_ptr + bh * NT, m_ptr + bh * (NT + 1)
+    if m_0_ptr is None:
+        m_before = tl.full((), 0.0, dtype=tl.float64)
+    else:
+        m_before = tl.maximum(tl.load(m_0_ptr + bh), FORGOTTEN).to(tl.float64)
+    tl.store(m_ptr, m_before.to(tl.float32))
+    for first in range(0, NT, TILES):
+        tile = first + tl.arange(0, TILES)
+        g = tl.load(g_ptr + tile, mask=tile < NT, other=0.0)
+        a = tl.load(a_ptr + tile, mask=tile < NT, other=-float("inf"))
+        g, a = tl.associative_scan((g, a), 0, largest_after)
+        m = tl.maximum(g + m_before, a)
+        tl.store(m_ptr + tile + 1, m.to(tl.float32), mask=tile < NT)
+        m_before = tl.sum(tl.where(tile == first + TILES - 1, m, 0.0))
+
+
+@triton.jit
+def store_parts(ptr, n, tile, offs_k, mask, DQK):
+    """n (TILES, columns) as the matrix unit takes it: in two of the eight rows of each tile, first and next digits."""
+    row = tl.arange(0, 8)[None, :, None]
+    high = n.to(tl.bfloat16)
+    rest = (n - high.to(tl.float32)).to(tl.bfloat16)
+    parts = tl.where(row == 0, high[:, None, :], tl.where(row == 1, rest[:, None, :], tl.zeros_like(rest)[:, None, :]))
+    tl.store(ptr + (tile[:, None, None] * 8 + row) * DQK + offs_k[None, None, :], parts, mask=mask[:, None, :])
+
+
+@triton.jit
+def vectors_kernel(
+    g_ptr, a_ptr, m_ptr, decay_ptr, x_ptr, first_ptr, n_ptr, parts_ptr,
+    NT, DQK, BACKWARD: tl.constexpr, TILES: tl.constexpr, BLOCK_DQK: tl.constexpr,
+):  # fmt: skip
+    """n or its gradient dn at all tile borders of a head. Grid: (tiles of DQK) * B * NH. Loop: TILES at a time.
+
+    forward     n_c = decay n_{c-1} + e^(a - m_c) x_c, x from summary_kernel; also all decays, and n in parts
+    backward    dn_{c-1} = decay dn_c + x_c, from the last tile to the first
+    """
+    tiles_k = tl.cdiv(DQK, BLOCK_DQK)
+    bh, tile_k = (tl.program_id(0) // tiles_k).to(tl.int64), tl.program_id(0) % tiles_k
+    offs_k, number = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tl.arange(0, TILES)
+    columns = offs_k < DQK
+    x_ptr, n_ptr, decay_ptr = x_ptr + bh * NT * DQK, n_ptr + bh * (NT + 1) * DQK, decay_ptr + bh * NT
+    n_before = tl.zeros((BLOCK_DQK,), dtype=tl.float32)
+    if first_ptr is not None:
+        n_before = tl.load(first_ptr + bh * DQK + offs_k, mask=columns, other=0.0)
+    tl.store(n_ptr + (NT if BACKWARD else 0) * DQK + offs_k, n_before, mask=columns)
+    if not BACKWARD:
+        g_ptr, a_ptr, m_ptr, parts_ptr = (
+            g_ptr + bh * NT,
+            a_ptr + bh * NT,
+            m_ptr + bh * (NT + 1),
+            parts_ptr + bh * NT * 8 * DQK,
+        )
+        store_parts(parts_ptr, n_before[None, :], tl.zeros((1,), dtype=tl.int32), offs_k, columns[None, :], DQK)
+    for first in range(0, NT, TILES):
+        inside = first + number < NT
+        tile = NT - 1 - first - number if BACKWARD else first + number
+        mask = inside[:, None] & columns[None, :]
+        x = tl.load(x_ptr + tile[:, None] * DQK + offs_k[None, :], mask=mask, other=0.0)
+        if BACKWARD:
+            decay = tl.load(decay_ptr + tile, mask=inside, other=1.0)
+        else:
+            m = tl.load(m_ptr + tile, mask=inside, other=0.0).to(tl.float64)
+            m_next = tl.load(m_ptr + tile + 1, mask=inside, other=0.0).to(tl.float64)
+            decay = tl.exp((tl.load(g_ptr + tile, mask=inside, other=0.0) + m - m_next).to(tl.float32))
+            x *= tl.exp((tl.load(a_ptr + tile, mask=inside, other=0.0) - m_next).to(tl.float32))[:, None]
+            if tile_k == 0:
+                tl.store(decay_ptr + tile, decay, mask=inside)
+        decays, sums = tl.associative_scan((decay[:, None] + tl.zeros_like(x), x), 0, one_after_the_other)
+        n = decays * n_before[None, :] + sums
+        border = tile if BACKWARD else tile + 1
+        tl.store(n_ptr + border[:, None] * DQK + offs_k[None, :], n, mask=mask)
+        if not BACKWARD:
+            store_parts(parts_ptr, n, border, offs_k, mask & (border < NT)[:, None], DQK)
+        n_before = tl.sum(tl.where(number[:, None] == TILES - 1, n, 0.0), axis=0)
+
+
+@triton.jit
+def store_row(rows_ptr, x, first, offs_l, mask, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(rows_ptr + (first + NUMBER) * BLOCK + offs_l, x.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def rows_kernel(
+    i_ptr, f_ptr, m_ptr, rows_ptr,
+    stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
+    T, NT, NH, s, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The rows of some tiles, side by side. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
+    groups = tl.cdiv(NT, TILES)
+    bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)  # (TILES, BLOCK)
+    i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
+    b, u, start, u_max = tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T)
+    has_next = (offs_l < BLOCK - 1) & (offs_t + 1 < T)
+    f_next = tl.load(f_ptr + (offs_t + 1) * stride_ft, mask=has_next, other=0.0).to(tl.float32)
+    end = tl.associative_scan(tl.where(f_next < FORGOTTEN, offs_l + 1, BLOCK), 1, sooner, reverse=True)
+    g = tl.sum(tl.where(offs_l == BLOCK - 1, b, 0.0), axis=1)[:, None]
+    start_last = tl.max(start, axis=1)[:, None]
+
+    m_ptr += bh * (NT + 1) + tile
+    m_first = tl.load(m_ptr, mask=tile < NT, other=0.0).to(tl.float64)
+    m_last = tl.load(m_ptr + 1, mask=tile < NT, other=0.0).to(tl.float64)
+    log_w_state = tl.where(start < 0, b + m_first, -float("inf"))
+    m = tl.maximum(tl.maximum(log_w_state, b + u_max), FORGOTTEN).to(tl.float32)
+    w_row, w_row_rest = two_parts((b - m + tl.log(tl.full((), 1.0, dtype=tl.float64) * s)) * LOG2_E)
+    u_2, u_2_rest = two_parts(u * LOG2_E)
+
+    row, mask = (bh * NT + tile) * 8, tile < NT
+    store_row(rows_ptr, w_row, row, offs_l, mask, 0, BLOCK)
+    store_row(rows_ptr, w_row_rest, row, offs_l, mask, 1, BLOCK)
+    store_row(rows_ptr, u_2, row, offs_l, mask, 2, BLOCK)
+    store_row(rows_ptr, u_2_rest, row, offs_l, mask, 3, BLOCK)
+    store_row(rows_ptr, (start + 1) * 128 + end, row, offs_l, mask, 4, BLOCK)
+    store_row(rows_ptr, tl.exp((log_w_state - m).to(tl.float32)) * s, row, offs_l, mask, 5, BLOCK)
+    w_end = tl.where(offs_l >= start_last, tl.exp((g + u - m_last).to(tl.float32)), 0.0)
+    store_row(rows_ptr, w_end, row, offs_l, mask, 6, BLOCK)
+    store_row(rows_ptr, tl.exp(-tl.minimum(m, M_CAP)), row, offs_l, mask, 7, BLOCK)
+
+
+@triton.jit
+def rows_backward_kernel(rows_ptr, S_ptr, new_rows_ptr, T, NT, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """The rows with r in them, for the backward pass; no delta yet. Grid: (tiles / TILES) * B * NH."""
+    groups = tl.cdiv(NT, TILES)
+    bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
+    offs, mask = (bh * NT + tile) * 8 * BLOCK + offs_l, tile < NT
+    S = tl.load(S_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
+    D = tl.maximum(tl.abs(S), tl.load(rows_ptr + offs + 7 * BLOCK, mask=mask, other=1.0))
+    w_row = tl.load(rows_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+    w_row += tl.load(rows_ptr + offs + BLOCK, mask=mask, other=0.0).to(tl.float64)
+    w_row, w_row_rest = two_parts(w_row - tl.log(D.to(tl.float64)) * LOG2_E)
+    tl.store(new_rows_ptr + offs, w_row, mask=mask)
+    tl.store(new_rows_ptr + offs + BLOCK, w_row_rest, mask=mask)
+    for row in tl.static_range(2, 7):
+        x = tl.load(rows_ptr + offs + row * BLOCK, mask=mask, other=0.0)
+        tl.store(new_rows_ptr + offs + row * BLOCK, x / D if row == 5 else x, mask=mask)
+    tl.store(new_rows_ptr + offs + 7 * BLOCK, tl.zeros_like(D), mask=mask)
+
+
+@triton.jit
+def delta_kernel(
+    q_ptr, rows_ptr, new_rows_ptr, S_ptr, dh_h_ptr, x_ptr, stride_qb, stride_qh, stride_qt,
+    T, NT, NH, BH, DQK, PARTS, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+):  # fmt: skip
+    """delta = -[|S| wins the max] sign(S) dh . h, and the tile's sum of w_read delta q, for dn. Grid: NT * B * NH."""
+    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
+    offs_l, offs_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DQK)[None, :]
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
+    inside, first = offs_t < T, (bh * NT + tile) * 8 * BLOCK
+    dh_h = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(PARTS):
+        dh_h += tl.load(dh_h_ptr + (part * BH + bh) * T + offs_t, mask=inside, other=0.0)
+    S = tl.load(S_ptr + bh * T + offs_t, mask=inside, other=0.0)
+    wins = tl.abs(S) > tl.load(rows_ptr + first + 7 * BLOCK + offs_l)
+    delta = tl.where(wins, tl.where(S > 0, -dh_h, dh_h), 0.0)
+    tl.store(new_rows_ptr + first + 7 * BLOCK + offs_l, delta)
+    weight = tl.load(new_rows_ptr + first + 5 * BLOCK + offs_l) * delta
+    q_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh)
+    mask = inside[:, None] & (offs_k < DQK)
+    q = tl.load(q_ptr + offs_t[:, None] * stride_qt + offs_k, mask=mask, other=0.0).to(tl.float32)
+    x = tl.sum(q * weight[:, None], axis=0)[None, :]
+    tl.store(x_ptr + (bh * NT + tile) * DQK + offs_k, x, mask=offs_k < DQK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spans of few sequences, in plain Triton
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def spans_kernel(
+    k_ptr, v_ptr, rows_ptr, decay_ptr, C_ptr, decays_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    T, NT, NH, SPAN, DQK, DHV, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+    BLOCK_DHV: tl.constexpr,
+):  # fmt: skip
+    """What a span of SPAN tiles makes of an empty state, and the product of its decays.
+
+    Grid: tiles of C, spans, B * NH.
+    Of a span that nothing follows (backward: the first one) nobody asks.
+    """
+    tiles_v, spans = tl.cdiv(DHV, BLOCK_DHV), tl.cdiv(NT, SPAN)
+    tile_k, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
+    span, bh = tl.program_id(1) + (1 if BACKWARD else 0), tl.program_id(2).to(tl.int64)
+    offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
+    k_ptr, v_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh), head(v_ptr, bh, NH, stride_vb, stride_vh)
+    WRITE: tl.constexpr = 5 if BACKWARD else 6
+    C = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
+    decays = tl.full((), 1.0, dtype=tl.float32)
+    tiles = tl.minimum(SPAN, NT - span * SPAN)
+    for n in range(tiles):
+        tile = span * SPAN + (tiles - 1 - n if BACKWARD else n)
+        offs_t = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        decay = tl.load(decay_ptr + bh * NT + tile)
+        w = tl.load(rows_ptr + ((bh * NT + tile) * 8 + WRITE) * BLOCK + tl.arange(0, BLOCK))
+        k_mask, v_mask = (
+            (offs_t[:, None] < T) & (offs_k[None, :] < DQK),
+            (offs_t[:, None] < T) & (offs_v[None, :] < DHV),
+        )
+        k = tl.load(k_ptr + offs_t[:, None] * stride_kt + offs_k[None, :], mask=k_mask, other=0.0)
+        v = tl.load(v_ptr + offs_t[:, None] * stride_vt + offs_v[None, :], mask=v_mask, other=0.0)
+        k = (k.to(tl.float32) * w[:, None]).to(v.dtype)
+        C = tl.dot(tl.trans(k), v, C * decay)
+        decays *= decay
+    if tl.program_id(0) == 0:
+        tl.store(decays_ptr + bh * spans + span, decays)
+    offs_C = offs_k[:, None] * DHV + offs_v[None, :]
+    C_ptr += (bh * spans + span) * DQK * DHV
+    tl.store(C_ptr + offs_C, C, mask=(offs_k[:, None] < DQK) & (offs_v[None, :] < DHV))
+
+
+@triton.jit
+def start_kernel(C_ptr, decays_ptr, first_ptr, SPANS, SIZE, BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """In place of what a span makes of an empty state: the state that it starts from. Grid: entries of C, B * NH."""
+    bh = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    C = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
+    if first_ptr is not None:
+        C = tl.load(first_ptr + bh * SIZE + offs, mask=offs < SIZE, other=0.0)
+    for n in range(SPANS):
+        span = bh * SPANS + (SPANS - 1 - n if BACKWARD else n)
+        own = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
+        decay = tl.full((), 0.0, dtype=tl.float32)
+        if n < SPANS - 1:
+            own = tl.load(C_ptr + span * SIZE + offs, mask=offs < SIZE, other=0.0)
+            decay = tl.load(decays_ptr + span)
+        tl.store(C_ptr + span * SIZE + offs, C, mask=offs < SIZE)
+        C = decay * C + own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of both kernels. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
+# exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def tile_at(n, first, count, BACKWARD: gl.constexpr):
+    """The tile that comes n-th in a span of `count` tiles."""
+    return first + (count - 1 - n) if BACKWARD else first + n
+
+
+@gluon.jit
+def tile_rows(rows_smem, stage, BLOCK: gl.constexpr):
+    """The rows in a buffer, each a vector in plain order."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return rows_smem.index(stage)._reinterpret(gl.float32, [8, BLOCK], layout)
+
+
+@gluon.jit
+def load_partition(
+    a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem,
+    full, empty, batch, head_, bh, first_b, first_x, first, count, NT,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
+    size: gl.constexpr = a_desc.block_type.nbytes + b_desc.block_type.nbytes + x_desc.block_type.nbytes
+    own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
+    n_size: gl.constexpr = 0 if n_desc is None else n_desc.block_type.nbytes
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        mbarrier.wait(empty.index(stage), (number // STAGES & 1) ^ 1)
+        barrier = full.index(stage)
+        mbarrier.expect(barrier, size + own_size + n_size + rows_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(rows_desc, [(bh * NT + tile) * 8, 0], barrier, rows_smem.index(stage))
+        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
+        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_b], barrier, b_smem.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_x], barrier, x_smem.index(stage))
+        if own_desc is not None:
+            tma.async_copy_global_to_shared(
+                own_desc, [batch, head_, tile * BLOCK, first_b], barrier, own_smem.index(stage)
+            )
+        if n_desc is not None:
+            tma.async_copy_global_to_shared(n_desc, [(bh * NT + tile) * 8, 0], barrier, n_smem.index(stage))
+
+
+@gluon.jit
+def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """scores * Wr, with steps i as rows and j as columns; backward: scores * Wr^T.
+
+    Either way a document is seen by the row's own bound. The exponent is masked, not the product: elsewhere it may be
+    huge.
+    """
+    row = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))[None, :]
+    own, other = (2, 0) if BACKWARD else (0, 2)
+    exponent = rows.index(own).load(gl.SliceLayout(1, layout))[:, None]
+    exponent += rows.index(other).load(gl.SliceLayout(0, layout))[None, :]
+    rest = rows.index(own + 1).load(gl.SliceLayout(1, layout))[:, None]
+    rest += rows.index(other + 1).load(gl.SliceLayout(0, layout))[None, :]
+    bounds = rows.index(4).load(gl.SliceLayout(1, layout)).to(gl.int32)[:, None]
+    if BACKWARD:
+        mask = (column >= row) & (column < (bounds & 127))
+    else:
+        mask = (column <= row) & (column >= (bounds >> 7) - 1)
+    return scores * gl.exp2(gl.where(mask, exponent + rest, -float("inf")))
+
+
+@gluon.jit
+def h_scores_partition(
+    q_smem, k_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first, count, T,
+    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """P = Q K^T * Wr of tile after tile, and r, which makes W into Wr, for the state's warps."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    vector: gl.constexpr = gl.SliceLayout(1, layout)
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    zero_narrow = gl.zeros([BLOCK, 8], gl.float32, layout=narrow)
+    offs_l = gl.arange(0, BLOCK, layout=vector)
+    for number in range(count):
+        stage, P_stage = number % STAGES, number % P_STAGES
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        q, k = q_smem.index(stage).reshape([BLOCK, D]), k_smem.index(stage).reshape([BLOCK, D])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        q_n = warpgroup_mma(q, n_smem.index(stage).permute((1, 0)), zero_narrow, use_acc=False, is_async=True)
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
+        P = apply_gates(scores, rows, False, BLOCK, layout)
+        S = gl.convert_layout(gl.sum(q_n, axis=1), vector) * rows.index(5).load(vector) + gl.sum(P, axis=1)
+        r = 1.0 / gl.maximum(gl.maximum(S, -S), rows.index(7).load(vector))
+        P = P * r[:, None]
+        mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
+        P_smem.index(P_stage).store(P.to(gl.bfloat16))
+        r_smem.index(P_stage).store(r)
+        fence_async_shared()
+        mbarrier.arrive(P_full.index(P_stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        if tile_v == 0:
+            offs_t = (first + number) * BLOCK + offs_l
+            gl.store(S_ptr + offs_t, S, mask=offs_t < T)
+
+
+@gluon.jit
+def scores_partition(
+    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
+    BACKWARD: gl.constexpr, DELTA: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16; with DELTA, (A B^T + delta_i) * Wr."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    for number in range(count):
+        stage, P_stage = number % STAGES, number % P_STAGES
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        if DELTA:
+            if BACKWARD:
+                scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]
+            else:
+                scores += rows.index(7).load(gl.SliceLayout(1, layout))[:, None]
+        P = apply_gates(scores, rows, BACKWARD, BLOCK, layout)
+        mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
+        P_smem.index(P_stage).store(P.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_full.index(P_stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def weighted_keys(b, weight):
+    """The rows of a tile in shared memory times their weights, in bfloat16, in registers."""
+    D: gl.constexpr = b.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    weight = weight.load(gl.SliceLayout(1, layout))[:, None]
+    return (b.load(layout).to(gl.float32) * weight).to(gl.bfloat16)
+
+
+@gluon.jit
+def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
+    """A tile of C^T (BV x BK) from C (DQK x DHV) in float32; 0 outside of it, or where there is none."""
+    if ptr is None:
+        return gl.zeros([BV, BK], gl.float32, layout=layout)
+    else:
+        v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
+        k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
+        return gl.load(ptr + k * DHV + v, mask=(v < DHV) & (k < DQK), other=0.0)
+
+
+@gluon.jit
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(number):
+        mbarrier.init(barriers.index(index), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def ring(descriptor, STAGES: gl.constexpr):
+    return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
+
+
+@gluon.jit
+def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
+    """(tile of the head dimension, head, its batch entry and number there, first tile of the span, how many tiles)."""
+    spans = (NT + SPAN - 1) // SPAN
+    tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
+    bh, first = (program // spans).to(gl.int64), program % spans * SPAN
+    return tile, bh, (bh // NH).to(gl.int32), (bh % NH).to(gl.int32), first, gl.minimum(SPAN, NT - first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# h and dv
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def keys_state_partition(
+    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr,
+    a_smem, b_smem, x_smem, rows_smem, P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
+    batch, head_, first_v, first, count, NT,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps a tile of C^T (BV x BK) in registers, where a matrix product can read its left operand."""
+    WARPS: gl.constexpr = gl.num_warps()
+    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
+    READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
+    WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
+    C = load_state(first_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+    zero = gl.zeros([BV, BLOCK], gl.float32, layout=layout_y)
+    v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
+    k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
+    inside = (v < DHV) & (k < DQK)
+    if end_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
+        if first + count == NT:  # <C, dC> at the end of the sequence
+            C_T = load_state(end_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+            gl.store(carry_ptr + (NT + BORDER - 1) // BORDER, gl.sum(gl.sum(C_T * C, axis=1), axis=0))
+    for number in range(count):
+        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
+        decay = gl.load(decay_ptr + tile)
+        if not BACKWARD and tile % BORDER == 0:
+            gl.store(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, C.to(gl.bfloat16), mask=inside)
+        C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
+        x = x_smem.index(stage).reshape([BLOCK, BV]).permute((1, 0))
+        rows = tile_rows(rows_smem, stage, BLOCK)
+
+        y = warpgroup_mma(C_operand, a.permute((1, 0)), zero, use_acc=False, is_async=True)  # (BV, BLOCK)
+        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
+        fence_async_shared()
+        read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
+        C = C * decay
+        mbarrier.wait(P_full.index(P_stage), number // P_STAGES & 1)
+        if not BACKWARD:
+            read = read * r_smem.index(P_stage).load(gl.SliceLayout(0, layout_y))[None, :]
+        y = warpgroup_mma_wait(0, deps=[y])
+        y = warpgroup_mma(x, P_smem.index(P_stage).permute((1, 0)), y * read, is_async=True)
+        C = warpgroup_mma(x, weighted_smem, C, is_async=True)
+        y = warpgroup_mma_wait(1, deps=[y])
+        tma.store_wait(0)  # the last tile's y has left its buffer
+        y_smem.reshape([BLOCK, BV]).permute((1, 0)).store(y.to(gl.bfloat16))
+        fence_async_shared()
+        C = warpgroup_mma_wait(0, deps=[C])
+        mbarrier.arrive(P_empty.index(P_stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_v], y_smem)
+        if BACKWARD and tile % BORDER == 0:
+            border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
+            gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
+    tma.store_wait(0)
+    if (first == 0) if BACKWARD else (first + count == NT):
+        gl.store(last_ptr + k * DHV + v, C, mask=inside)
+
+
+@gluon.jit
+def keys_scores_partition(
+    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first, count, T,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    if BACKWARD:
+        scores_partition(
+            a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, True, False, BLOCK, D, STAGES,
+            P_STAGES,
+        )  # fmt: skip
+    else:
+        h_scores_partition(
+            a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first,
+            count, T, BLOCK, D, STAGES, P_STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def state_times_keys_kernel(
+    a_desc, b_desc, x_desc, y_desc, n_desc, rows_desc, decay_ptr, first_ptr, last_ptr, end_ptr, S_ptr, border_ptr,
+    carry_ptr,
+    T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
+    DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
+
+    Grid: (tiles of DHV) * spans * B * NH.
+    forward     A, B, X, Y = Q, K, V, H: also S, and C at every BORDER-th tile
+    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders and at the end
+    """
+    TILES: gl.constexpr = (DHV + BV - 1) // BV
+    tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
+    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
+    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
+    rows_smem = ring(rows_desc, STAGES)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled)
+    r_smem = gl.allocate_shared_memory(gl.float32, [P_STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
+    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
+    if BACKWARD:
+        n_smem: gl.constexpr = None
+    else:
+        n_smem = ring(n_desc, STAGES)
+    fence_async_shared()
+    decay_ptr, last_ptr = decay_ptr + bh * NT, last_ptr + bh * DQK * DHV
+    border_ptr += bh * borders * DQK * DHV
+    if first_ptr is not None:
+        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+    if end_ptr is not None:
+        end_ptr += bh * DQK * DHV
+    if S_ptr is not None:
+        S_ptr += bh * T
+    if carry_ptr is not None:
+        carry_ptr += (tile_v * BH + bh) * (borders + 1)
+    gl.warp_specialize(
+        [
+            (
+                keys_state_partition,
+                (
+                    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
+                    rows_smem, P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
+                    tile_v * BV, first, count, NT, BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
+                ),
+            ),
+            (
+                keys_scores_partition,
+                (
+                    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v,
+                    first, count, T, BACKWARD, BLOCK, BK, STAGES, P_STAGES,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    a_desc, b_desc, x_desc, None, n_desc, rows_desc, a_smem, b_smem, x_smem, None, n_smem, rows_smem,
+                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, first, count, NT, BACKWARD, BLOCK,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [104, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dq and dk
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def values_state_partition(
+    y_desc, own_y_ptr, own_state_ptr, n_ptr, decay_ptr, first_ptr,
+    a_smem, b_smem, x_smem, own_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty,
+    batch, head_, first_k, first, count, T,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
+    BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps a tile of C^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
+    WARPS: gl.constexpr = gl.num_warps()
+    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
+    READ: gl.constexpr = 6 if BACKWARD else 5
+    WRITE: gl.constexpr = 5 if BACKWARD else 6
+    C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
+    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
+    offs_k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout_y))
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        decay = gl.load(decay_ptr + tile)
+        # n of the border that the walk comes from: before the tile, backward behind it
+        border = tile + 1 if BACKWARD else tile
+        n = gl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)[None, :]
+        C_smem.store(C.to(gl.bfloat16))
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        a, b = a_smem.index(stage).reshape([BLOCK, BV]), b_smem.index(stage).reshape([BLOCK, BK])
+        x, own = x_smem.index(stage).reshape([BLOCK, BV]), own_smem.index(stage).reshape([BLOCK, BK])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))
+        fence_async_shared()
+        C = C * decay
+        read = rows.index(READ).load(gl.SliceLayout(1, layout_y))[:, None]
+
+        y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
+        C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
+        if not BACKWARD:
+            n = n * rows.index(7).load(gl.SliceLayout(1, layout_y))[:, None]  # delta
+        mbarrier.wait(P_full.index(0), number & 1)
+        y = (warpgroup_mma_wait(1, deps=[y]) + n) * read
+        offs_t = tile * BLOCK + offs_l
+        if BACKWARD:
+            own_state = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
+            gl.store(own_state_ptr + offs_t, own_state, mask=offs_t < T)
+        y = warpgroup_mma(P_smem.index(0), b, y, is_async=True)
+        y, C = warpgroup_mma_wait(0, deps=[y, C])
+        # q . dq or k . dk, from the accumulator, before dq or dk is rounded
+        own_y = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
+        gl.store(own_y_ptr + offs_t, own_y, mask=offs_t < T)
+        tma.store_wait(0)
+        y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_empty.index(0), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_k], y_smem)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def state_times_values_kernel(
+    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, own_y_ptr, own_state_ptr, n_ptr, decay_ptr, first_ptr,
+    T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Y = read * (A C^T + n) + P B, C <- decay C + (write * B)^T X, P = (A X^T + delta_i) * Wr, for BK columns of B, Y.
+
+    Grid: (tiles of DQK) * spans * B * NH.
+    forward     A, B, X, Y = dH, K, V, dQ, n means delta_i n: also q . dq
+    backward    A, B, X, Y = V, Q, dH, dK, n and C are dn and dC: also k . dk, and the part of it from the state
+    """
+    TILES: gl.constexpr = (DQK + BK - 1) // BK
+    tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
+    spans = (NT + SPAN - 1) // SPAN
+    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
+    own_smem, rows_smem = ring(own_desc, STAGES), ring(rows_desc, STAGES)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
+    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
+    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
+    fence_async_shared()
+    n_ptr, decay_ptr = n_ptr + bh * (NT + 1) * DQK, decay_ptr + bh * NT
+    if first_ptr is not None:
+        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+    own_y_ptr += (tile_k * BH + bh) * T
+    if own_state_ptr is not None:
+        own_state_ptr += (tile_k * BH + bh) * T
+    gl.warp_specialize(
+        [
+            (
+                values_state_partition,
+                (
+                    y_desc, own_y_ptr, own_state_ptr, n_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
+                    rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
+                    tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
+                ),
+            ),
+            (
+                scores_partition,
+                (
+                    a_smem, x_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, True, BLOCK,
+                    BV, STAGES, 1,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    a_desc, b_desc, x_desc, own_desc, None, rows_desc, a_smem, b_smem, x_smem, own_smem, None,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, first, count, NT,
+                    BACKWARD, BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [104, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dh . h
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def dh_h_state_partition(
+    dh_h_ptr, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, weighted_smem, C_smem, full, empty,
+    first_k, first, count, T,
+    BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The state's part, w_read * q . (C dh), as values_state_partition forms it."""
+    WARPS: gl.constexpr = gl.num_warps()
+    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
+    C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
+    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
+    for number in range(count):
+        stage, tile = number % STAGES, first + number
+        decay = gl.load(decay_ptr + tile)
+        C_smem.store(C.to(gl.bfloat16))
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        dh, k = dh_smem.index(stage).reshape([BLOCK, BV]), k_smem.index(stage).reshape([BLOCK, BK])
+        v, q = v_smem.index(stage).reshape([BLOCK, BV]), q_smem.index(stage).reshape([BLOCK, BK])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        weighted_smem.store(weighted_keys(k, rows.index(6)))
+        fence_async_shared()
+        C = C * decay
+        read = rows.index(5).load(gl.SliceLayout(1, layout_y))
+        y = warpgroup_mma(dh, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
+        C = warpgroup_mma(v.permute((1, 0)), weighted_smem, C, is_async=True)
+        y = warpgroup_mma_wait(1, deps=[y])
+        dh_h = gl.sum(q.load(layout_y).to(gl.float32) * y, axis=1) * read
+        offs_t = tile * BLOCK + offs_l
+        gl.store(dh_h_ptr + offs_t, dh_h, mask=offs_t < T)
+        C = warpgroup_mma_wait(0, deps=[C])
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def dh_h_scores_partition(
+    dh_h_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, full, empty, first, count, T,
+    BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The tile's part, the row sums of Q K^T * dH V^T * Wr."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    for number in range(count):
+        stage = number % STAGES
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        dh, k = dh_smem.index(stage).reshape([BLOCK, BV]), k_smem.index(stage).reshape([BLOCK, BK])
+        v, q = v_smem.index(stage).reshape([BLOCK, BV]), q_smem.index(stage).reshape([BLOCK, BK])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        dP = warpgroup_mma(dh, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores, dP = warpgroup_mma_wait(0, deps=[scores, dP])
+        dh_h = gl.sum(apply_gates(scores * dP, rows, False, BLOCK, layout), axis=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        offs_t = (first + number) * BLOCK + offs_l
+        gl.store(dh_h_ptr + offs_t, dh_h, mask=offs_t < T)
+
+
+@gluon.jit
+def dh_h_kernel(
+    dh_desc, k_desc, v_desc, q_desc, rows_desc, dh_h_ptr, decay_ptr, first_ptr,
+    T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
+    BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The share of BK columns of Q and K in dh . h, in two parts. Grid: (tiles of DQK) * spans * B * NH.
+
+    As state_times_values_kernel for dq, which needs delta, and so dh . h over all columns, before it rounds dP. From
+    the h that was returned it would be wrong in its third digit, and dq and dk, where terms cancel, in their second.
+    """
+    TILES: gl.constexpr = (DQK + BK - 1) // BK
+    tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
+    spans = (NT + SPAN - 1) // SPAN
+    dh_smem, k_smem, v_smem = ring(dh_desc, STAGES), ring(k_desc, STAGES), ring(v_desc, STAGES)
+    q_smem, rows_smem = ring(q_desc, STAGES), ring(rows_desc, STAGES)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
+    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
+    fence_async_shared()
+    scores_ptr = dh_h_ptr + ((2 * tile_k + 1) * BH + bh) * T
+    decay_ptr, dh_h_ptr = decay_ptr + bh * NT, dh_h_ptr + (2 * tile_k * BH + bh) * T
+    if first_ptr is not None:
+        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+    gl.warp_specialize(
+        [
+            (
+                dh_h_state_partition,
+                (
+                    dh_h_ptr, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, weighted_smem,
+                    C_smem, full, empty, tile_k * BK, first, count, T, BLOCK, DQK, DHV, BK, BV, STAGES,
+                ),
+            ),
+            (
+                dh_h_scores_partition,
+                (
+                    scores_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, full, empty, first,
+                    count, T, BLOCK, BK, BV, STAGES,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    dh_desc, k_desc, v_desc, q_desc, None, rows_desc, dh_smem, k_smem, v_smem, q_smem, None,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, first, count, NT, False,
+                    BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [104, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients of the gates
+# ---------------------------------------------------------------------------------------------------------------------
+@triton.jit
+def product_at(n_ptr, dn_ptr, border, offs_k, DQK):
+    """n . dn at a tile border."""
+    n = tl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)
+    return tl.sum(n * tl.load(dn_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0), axis=0)
+
+
+@triton.jit
+def dgates_kernel(
+    f_ptr, decay_ptr, n_ptr, dn_ptr, q_dq_ptr, k_dk_ptr, k_dk_state_ptr, carry_ptr, di_rest_ptr, df_bar_rest_ptr,
+    di_ptr, df_ptr,
+    stride_fb, stride_fh, stride_ft, stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
+    T, NT, NH, BH, DQK, TILES_K, TILES_V, BORDER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+):  # fmt: skip
+    """di and df of the tiles from one border to the next. Grid: borders * B * NH.
+
+    di is k . dk. f_t weakens everything that crosses step t, so df_bar_t is the sum over all that does. In a tile:
+      state before the tile, k_j v_j with j < t -> h_r with r >= t      sum over r >= t of to_h = q . dq - k . dk's rest
+      k_j v_j with j < t -> state after the tile                        sum over j < t of to_state, k . dk's state part
+      state before -> state after                                       pass
+    as in mlstm_tfla.py. But there pass = decay <C', dC'>, n and dn included, is known for every chunk; here C and dC
+    meet at the borders alone. <C', dC'> where a tile begins is pass + all of to_h, where it ends pass + all of
+    to_state: so pass is found tile by tile from the border before, and again from the border behind. Either way gathers
+    what C and dC lose in bfloat16, and the two are weighted by the squares of what they summed up. What is found where
+    next to nothing passes (decay far below 2^-10, half of bfloat16's last digit) is such loss alone, and left out.
+    """
+    borders = tl.cdiv(NT, BORDER)
+    bh, c = (tl.program_id(0) // borders).to(tl.int64), tl.program_id(0) % borders
+    f_ptr = head(f_ptr, bh, NH, stride_fb, stride_fh)
+    di_ptr, df_ptr = head(di_ptr, bh, NH, stride_dib, stride_dih), head(df_ptr, bh, NH, stride_dfb, stride_dfh)
+    tile = c * BORDER + tl.arange(0, BORDER)
+    offs_t = (tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)  # (BORDER, BLOCK)
+    mask = offs_t < T
+
+    to_h, to_state = tl.zeros((BORDER, BLOCK), dtype=tl.float32), tl.zeros((BORDER, BLOCK), dtype=tl.float32)
+    di = tl.zeros((BORDER, BLOCK), dtype=tl.float32)
+    for tile_k in range(TILES_K):
+        offs = (tile_k * BH + bh) * T + offs_t
+        q_dq = tl.load(q_dq_ptr + offs, mask=mask, other=0.0)
+        k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
+        k_dk_state = tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
+        to_h, to_state, di = to_h + (q_dq - (k_dk - k_dk_state)), to_state + k_dk_state, di + k_dk
+    n_ptr, dn_ptr, offs_k = n_ptr + bh * (NT + 1) * DQK, dn_ptr + bh * (NT + 1) * DQK, tl.arange(0, BLOCK_DQK)
+    before = product_at(n_ptr, dn_ptr, c * BORDER, offs_k, DQK)
+    after = product_at(n_ptr, dn_ptr, tl.minimum((c + 1) * BORDER, NT), offs_k, DQK)
+    for tile_v in range(TILES_V):
+        carry = carry_ptr + (tile_v * BH + bh) * (borders + 1) + c
+        before, after = before + tl.load(carry), after + tl.load(carry + 1)
+
+    decay = tl.load(decay_ptr + bh * NT + tile, mask=tile < NT, other=1.0)
+    keep = tl.where(tile < NT, decay * decay / (decay * decay + 2.0**-20), 1.0)  # past T everything passes
+    all_h, all_state = tl.sum(to_h, axis=1), tl.sum(to_state, axis=1)
+    a, b = tl.associative_scan((keep, all_state - keep * all_h), 0, one_after_the_other)
+    from_before = a * before + b - all_state
+    a, b = tl.associative_scan((keep, all_h - keep * all_state), 0, one_after_the_other, reverse=True)
+    from_after = a * after + b - all_h
+    # Of a pass found from before: what was summed up in the tiles before, and to_h of the tile. Likewise from behind.
+    squares = all_h * all_h + all_state * all_state
+    error_before = tl.cumsum(squares, 0) - squares + all_h * all_h
+    error_after = tl.cumsum(squares, 0, reverse=True) - squares + all_state * all_state
+    both = error_before + error_after
+    passing = from_after + (from_before - from_after) * (error_after / tl.where(both > 0.0, both, 1.0))
+
+    # The sums over r >= t are formed from the end: where there is no gradient any more, df is exactly 0.
+    df_bar = passing[:, None] + tl.cumsum(to_h, 1, reverse=True) + (tl.cumsum(to_state, 1) - to_state)
+    if di_rest_ptr is not None:
+        di += tl.load(di_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
+        df_bar += tl.load(df_bar_rest_ptr + bh * T + offs_t, mask=mask, other=0.0)
+    f = tl.load(f_ptr + offs_t * stride_ft, mask=mask, other=0.0).to(tl.float32)
+    sigmoid_minus_f = tl.exp(tl.minimum(-f, 0.0)) / (1.0 + tl.exp(-tl.abs(f)))
+    df = tl.where(f == -float("inf"), 0.0, df_bar * sigmoid_minus_f)  # d log sigmoid(f) / df = sigmoid(-f)
+    tl.store(di_ptr + offs_t * stride_dit, di.to(di_ptr.dtype.element_ty), mask=mask)
+    tl.store(df_ptr + offs_t * stride_dft, df.to(df_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------
+def describe(x: Tensor, columns: int) -> TensorDescriptor:
+    """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
+    block = [1, 1, BLOCK, columns]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 4))
+
+
+def describe_eight(x: Tensor, columns: int) -> TensorDescriptor:
+    """x (eights of rows, D), eight rows at a time: the rows, as they are, and the parts of n, for the matrix unit."""
+    layout = gl.NVMMASharedLayout(0, 32, 2) if x.dtype == torch.float32 else gl.NVMMASharedLayout(128, 16, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [8, columns], layout)
+
+
+def copy_engine_reads(x: Tensor) -> bool:
+    """It wants multiples of 16 bytes from one row, head and sequence to the next."""
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+
+
+def keys_options(DQK: int, DHV: int) -> dict:
+    """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers."""
+    wide = DHV > 64
+    return {
+        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": 128 if DQK > 64 else 64,
+        "BV": 128 if wide else 64, "STAGES": 3, "P_STAGES": 2, "num_warps": 8 if wide else 4,
+    }  # fmt: skip
+
+
+def values_options(DQK: int, DHV: int) -> dict:
+    """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
+    BV = max(64, triton.next_power_of_2(DHV))
+    return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
+
+
+def span_of(x: Tensor, NT: int, tiles: int) -> int:
+    """Tiles in a span: a whole sequence, or less of it if its heads would leave multiprocessors without a program."""
+    if x.device.type == "meta":
+        return NT
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    spans = max(1, programs // (tiles * x.shape[0] * x.shape[1]))
+    return triton.cdiv(triton.cdiv(NT, spans), BORDER) * BORDER if spans > 1 else NT
+
+
+def starts_of_spans(
+    k: Tensor, v: Tensor, rows: Tensor, decay: Tensor, first: Tensor | None, SPAN: int, *, backward: bool
+) -> Tensor | None:
+    """The states C that the spans start from, (B, NH, spans, DQK, DHV); backward: dC where they end, of q and dh."""
+    (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
+    NT = triton.cdiv(T, BLOCK)
+    SPANS = triton.cdiv(NT, SPAN)
+    if SPANS == 1:
+        return first
+    C = torch.empty(B, NH, SPANS, DQK, DHV, dtype=torch.float32, device=k.device)
+    decays = torch.empty(B, NH, SPANS, dtype=torch.float32, device=k.device)
+    spans_kernel[(triton.cdiv(DQK, 64) * triton.cdiv(DHV, 128), SPANS - 1, B * NH)](
+        k, v, rows, decay, C, decays, *k.stride()[:3], *v.stride()[:3],
+        T, NT, NH, SPAN, DQK, DHV, backward, BLOCK, 64, 128, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    start_kernel[(triton.cdiv(DQK * DHV, 1024), B * NH)](
+        C, decays, first, SPANS, DQK * DHV, BACKWARD=backward, BLOCK_SIZE=1024
+    )
+    return C
+
+
+def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what the forward pass keeps: rows, decay, n, S, and C^T at the borders."""
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    NT = (T + BLOCK - 1) // BLOCK
+    borders = (NT + BORDER - 1) // BORDER
+    return [
+        ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32), ((B, NH, NT + 1, DQK), torch.float32),
+        ((B, NH, T), torch.float32), ((B, NH, borders, DHV, DQK), torch.bfloat16),
+    ]  # fmt: skip
+
+
+# same as 03_chunkwise/mlstm_limit_chunk.py::contiguous_state
+def contiguous_state(C: Tensor | None, n: Tensor | None, m: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in (C, n, m)]
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
+    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, assume_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h, the final state, and what the backward pass will need."""
+    _check_device(q, k, v)
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    BH, NT = B * NH, triton.cdiv(T, BLOCK)
+    h, state = torch.empty_like(v), contiguous_state(C_0, n_0, m_0)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    C_T, saved = empty(B, NH, DQK, DHV), [empty(*shape, dtype=dtype) for shape, dtype in saved_shapes(q, v)]
+    if h.numel() == 0:
+        return h, *(_empty_state(q, v) if C_0 is None else [x.clone() for x in state]), *saved
+    rows, decay, n, S, borders = saved
+    g, a = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64)
+    m, x = empty(B, NH, NT + 1), empty(B, NH, NT, DQK)
+    n_parts = empty(BH * NT * 8, DQK, dtype=torch.bfloat16)
+    gates = (*i.stride(), *f.stride())
+    summary_kernel[(NT * BH,)](
+        i, f, k, g, a, x, *gates, *k.stride()[:3], T, NT, NH, DQK, BLOCK, triton.next_power_of_2(DQK), num_warps=4
+    )
+    stabilizers_kernel[(BH,)](g, a, state[2], m, NT, 64, num_warps=1)
+    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](
+        g, a, m, decay, x, state[1], n, n_parts, NT, DQK, False, 32, 32, num_warps=4
+    )
+    rows_kernel[(triton.cdiv(NT, 8) * BH,)](i, f, m, rows, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4)
+
+    o = keys_options(DQK, DHV)
+    tiles = triton.cdiv(DHV, o["BV"])
+    SPAN = span_of(q, NT, tiles)
+    starts = starts_of_spans(k, v, rows, decay, state[0], SPAN, backward=False)
+    keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
+    state_times_keys_kernel[(tiles * triton.cdiv(NT, SPAN) * BH,)](
+        keys(q), keys(k), values(v), values(h), describe_eight(n_parts, o["BK"]), describe_eight(rows, BLOCK), decay,
+        starts, C_T, None, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
+    )  # fmt: skip
+    return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), *saved
+
+
+def launch_backward(
+    dh: Tensor, dC_T: Tensor | None, dn_T: Tensor | None, dm_T: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None,
+    C_T: Tensor, rows: Tensor, decay: Tensor, n: Tensor, S: Tensor, borders: Tensor, assume_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, di, df, dC_0, dn_0, dm_0."""
+    (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
+    BH, NT = B * NH, triton.cdiv(T, BLOCK)
+    dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
+    dC_0, dn_0, dm_0 = _empty_state(q, v)
+    if dh.numel() == 0:
+        dstate = (dC_0, dn_0, dm_0) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
+        return dq, dk, dv, di, df, *dstate
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
+    C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
+    forward_rows, rows = rows, torch.empty_like(rows)
+    rows_backward_kernel[(triton.cdiv(NT, 8) * BH,)](forward_rows, S, rows, T, NT, BLOCK, 8, num_warps=4)
+    rows_ = describe_eight(rows, BLOCK)
+
+    # dv, with <C, dC> at the borders and at the end
+    o = keys_options(DQK, DHV)
+    tiles_v = triton.cdiv(DHV, o["BV"])
+    SPAN = span_of(q, NT, tiles_v)
+    ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
+    carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
+    carry[..., -1] = 0
+    keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
+    state_times_keys_kernel[(tiles_v * triton.cdiv(NT, SPAN) * BH,)](
+        keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None if dC_T is None else C_T, None,
+        borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
+    )  # fmt: skip
+
+    # dh . h, delta and dn
+    p = values_options(DQK, DHV)
+    tiles_k, starts = triton.cdiv(DQK, p["BK"]), C_0
+    if ends is not dC_T:  # the states that the spans start from are among those at the borders
+        starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
+        starts[:, :, 0] = 0 if C_0 is None else C_0
+    grid = (tiles_k * triton.cdiv(NT, SPAN) * BH,)
+    keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
+    x, dn = torch.zeros(B, NH, NT, DQK, dtype=torch.float32, device=q.device), torch.empty_like(n)
+    if not assume_norm:
+        dh_h = empty(2 * tiles_k, B, NH, T)
+        dh_h_kernel[grid](values(dh), keys(k), values(v), keys(q), rows_, dh_h, decay, starts, T, NT, NH, BH, SPAN, **p)
+        delta_kernel[(NT * BH,)](
+            q, forward_rows, rows, S, dh_h, x, *q.stride()[:3],
+            T, NT, NH, BH, DQK, 2 * tiles_k, BLOCK, triton.next_power_of_2(DQK), num_warps=4,
+        )  # fmt: skip
+    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](
+        None, None, None, decay, x, dn_T if dn_T is None else dn_T.contiguous(), dn, None, NT, DQK, True, 32, 32,
+        num_warps=4,
+    )  # fmt: skip
+
+    # dq and dk
+    q_dq, k_dk, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(3))
+    for BACKWARD, a, b, x, own, y, own_y, own_state, vectors, first in (
+        (False, dh, k, v, q, dq, q_dq, None, n, starts),
+        (True, v, q, dh, k, dk, k_dk, k_dk_state, dn, ends),
+    ):
+        state_times_values_kernel[grid](
+            values(a), keys(b), values(x), keys(own), keys(y), rows_, own_y, own_state, vectors, decay, first,
+            T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
+        )  # fmt: skip
+
+    # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
+    dn_0, di_rest, df_bar_rest = dn[:, :, 0].clone(), None, None
+    if C_0 is not None:
+        dm_0 = (C_0 * dC_0).sum(dim=(-2, -1)) + (n_0 * dn_0).sum(dim=-1)
+    if dC_T is not None:
+        overlap_T = (C_T * dC_T).sum(dim=(-2, -1)) + (n[:, :, -1] * dn_T).sum(dim=-1)
+        m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
+        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap_T)
+        di_rest, df_bar_rest, dm_0 = di_rest.float().contiguous(), df_bar_rest.float().contiguous(), dm_0 + dm_0_rest
+    dgates_kernel[(borders.shape[2] * BH,)](
+        f, decay, n, dn, q_dq, k_dk, k_dk_state, carry, di_rest, df_bar_rest, di, df,
+        *f.stride(), *di.stride(), *df.stride(),
+        T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, triton.next_power_of_2(DQK), num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv, di, df, dC_0, dn_0, dm_0
+
+
+# torch.compile sees each of the two as one operation that it need not look into.
+forward_op = torch.library.custom_op("tfla::mlstm_hopper", launch_forward, mutates_args=())
+backward_op = torch.library.custom_op("tfla::mlstm_hopper_backward", launch_backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(q, k, v, i, f, C_0, n_0, m_0, assume_norm):
+    saved = (q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(q, v))
+    return torch.empty_like(v), *_empty_state(q, v), *saved
+
+
+@backward_op.register_fake
+def _(dh, dC_T, dn_T, dm_T, q, k, v, i, f, *_):
+    return *(torch.empty_like(x) for x in (q, k, v, i, f)), *_empty_state(q, v)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.assume_norm = inputs
+    _, C_T, _, _, *saved = output
+    ctx.save_for_backward(*tensors, C_T, *saved)
+    ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
+
+
+def backward(ctx, dh, dC_T, dn_T, dm_T, *_):
+    q, k, v, i, f, C_0, *rest = ctx.saved_tensors
+    dstate = [dC_T, dn_T, dm_T]
+    if any(x is not None for x in dstate):
+        dstate = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(_empty_state(q, v), dstate, strict=True)]
+    dh = torch.zeros_like(v) if dh is None else dh
+    gradients = backward_op(dh, *dstate, q, k, v, i, f, C_0, *rest, ctx.assume_norm)
+    return *gradients[:5], *(gradients[5:] if C_0 is not None else (None, None, None)), None
+
+
+forward_op.register_autograd(backward, setup_context=setup_context)
+
+
+# same as 02_parallel/mlstm_parallel.py::stabilizer_gradient
+def stabilizer_gradient(i: Tensor, f: Tensor, m_0: Tensor, dm_rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient that reaches i, log sigmoid(f) and m_0 through the returned m_T itself.
+
+    h and everything computed from a state in a way that respects the gauge of (C, n, m) give dm_rest = 0. Otherwise it
+    belongs to the largest log-weight at step T, which m_T is: that of one step j, or of the initial state.
+    """
+    f_bar = F.logsigmoid(f)
+    behind = F.pad(f_bar[..., 1:].flip(-1).cumsum(dim=-1).flip(-1), (0, 1))  # sum over r > j
+    log_weight_0 = behind[..., :1] + f_bar[..., :1] + m_0[..., None]
+    candidates = torch.cat([log_weight_0, behind + i], dim=-1)
+    winner = candidates.argmax(dim=-1, keepdim=True)
+    dm_rest = torch.where(candidates.gather(-1, winner) > -torch.inf, dm_rest[..., None], 0)  # else m_T = 0, a constant
+    step = torch.arange(1, i.shape[-1] + 1, device=i.device)
+    rest_i, rest_f = torch.where(step == winner, dm_rest, 0), torch.where(step > winner, dm_rest, 0)
+    return rest_i, rest_f, torch.where(winner == 0, dm_rest, 0)[..., 0]
+
+
+def mlstm_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    assume_norm: bool = False,
+) -> Tensor | tuple[Tensor, State]:
+    """The mLSTM (paper section 2) on a Hopper GPU, in bfloat16.
+
+    There is no chunk_size: a sequence is walked along in tiles of 64 steps, in spans where there are few sequences.
+
+    Args:
+        q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 128. Any B >= 0, NH >= 1, T >= 0. The last dimension
+            must be contiguous; the others may be strided, a transposed (B, T, NH, DQK) is not copied. As the GPU's copy
+            engine wants it, DQK, DHV, and all strides must be multiples of 8, and data begin at a multiple of 16 bytes.
+        v: values, (B, NH, T, DHV), bfloat16; DHV <= 256.
+        i, f: gate pre-activations, (B, NH, T), bfloat16 or float32, any strides. -inf is allowed in both:
+            f = -inf forgets everything before the step, i = -inf writes nothing.
+        initial_state: (C, n, m), (B, NH, DQK, DHV), (B, NH, DQK), (B, NH), float32; None is the empty memory,
+            C = 0, n = 0, m = 0.
+        return_state: also return the state after the last step, in float32.
+        assume_norm: leave the normalizer's gradient out, which saves a sixth of the time. That is right only
+            where this gradient, dh . h at the steps at which |n . s q| > e^(-m), vanishes: if nothing reads h but a
+            norm that ignores the scale of its input (RMSNorm or LayerNorm over each head, with an eps far below h's
+            own mean square). Otherwise dq, dk, di and df are wrong. dv is right in any case.
+
+    Returns:
+        h, (B, NH, T, DHV) in the dtype and memory layout of v; with return_state the pair (h, (C, n, m)).
+        Differentiable once in q, k, v, i, f and the initial state, exactly, and deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    _check_inputs(q, k, v, i, f, initial_state)
+    _check_hopper(q, k, v)
+    if not isinstance(assume_norm, bool):
+        raise TypeError(f"assume_norm must be True or False, got {assume_norm!r}")
+    C_0, n_0, m_0 = (None, None, None) if initial_state is None else initial_state
+    h, C, n, m, *_ = forward_op(q, k, v, i, f, C_0, n_0, m_0, assume_norm)
+    return (h, (C, n, m)) if return_state else h
+
+
+# same as 02_parallel/mlstm_parallel.py::_empty_state
+def _empty_state(q: Tensor, v: Tensor) -> State:
+    """The memory before anything was written."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return tuple(torch.zeros(shape, dtype=dtype, device=q.device) for shape in _state_shapes(q, v))
+
+
+# same as 02_parallel/mlstm_parallel.py::_state_shapes
+def _state_shapes(q: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+    B, NH, _, DQK = q.shape
+    return [(B, NH, DQK, v.shape[-1]), (B, NH, DQK), (B, NH)]
+
+
+# same as 02_parallel/mlstm_parallel.py::_check_inputs
+def _check_inputs(q, k, v, i, f, initial_state) -> None:
+    """Raises an error that names the argument, what it was and what it must be."""
+    for name, x in (("q", q), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4 or x.shape[1] < 1 or x.shape[-1] < 1:
+            raise ValueError(f"{name} must have shape (B, NH, T, D) with NH >= 1 and D >= 1, got {tuple(x.shape)}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    expected = [("k", k, q.shape, (q.dtype,)), ("v", v, (*q.shape[:-1], v.shape[-1]), (q.dtype,))]
+    expected += [(name, x, q.shape[:-1], (q.dtype, torch.float32)) for name, x in (("i", i), ("f", f))]
+    if initial_state is not None:
+        if not isinstance(initial_state, (tuple, list)) or len(initial_state) != 3:
+            raise TypeError(f"initial_state must be a tuple (C, n, m), got {type(initial_state).__name__}")
+        state_dtype = torch.promote_types(q.dtype, torch.float32)
+        for part, x, shape in zip("Cnm", initial_state, _state_shapes(q, v), strict=True):
+            expected.append((f"initial_state's {part}", x, shape, (state_dtype,)))
+    for name, x, shape, dtypes in expected:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)} to fit q and v, got {tuple(x.shape)}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must be {' or '.join(sorted({str(d) for d in dtypes}))} to fit q, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def _check_hopper(q, k, v) -> None:
+    """What this file asks for beyond _check_inputs."""
+    if q.dtype != torch.bfloat16:
+        raise TypeError(f"q must be bfloat16, got {q.dtype}; mlstm_tfla.py takes others")
+    for name, x, most in (("q", q, 128), ("v", v, 256)):
+        if x.shape[-1] > most or x.shape[-1] % 8:
+            raise ValueError(
+                f"{name} must have at most {most} columns, a multiple of 8, got {x.shape[-1]}; "
+                "mlstm_tfla.py takes others"
+            )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() > 0 and not copy_engine_reads(x):
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension and have strides of multiples of 8, "
+                f"got strides {x.stride()}; mlstm_tfla.py takes others"
+            )
+
+
+def _check_device(q, k, v) -> None:
+    """What can be asked of a tensor only when the kernels are launched: torch.compile's have no place in memory."""
+    if q.device.type != "meta" and (q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9):
+        raise ValueError(f"q must be on a Hopper GPU (H100, H200), got {q.device}; mlstm_tfla.py runs elsewhere")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, got address {x.data_ptr()}")
