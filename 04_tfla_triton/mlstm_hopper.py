@@ -999,7 +999,7 @@ def dgates_kernel(
     meet at the borders alone. <C', dC'> where a tile begins is pass + all of to_h, where it ends pass + all of
     to_state: so pass is found tile by tile from the border before, and again from the border behind. Either way gathers
     what C and dC lose in bfloat16, and the two are weighted by the squares of what they summed up. What is found where
-    next to nothing passes (decay far below 2^-10, half of bfloat16's last digit) is such loss alone, and left out.
+    next to nothing passes (decay far below 2^-12) is such loss alone, and left out.
     """
     borders = tl.cdiv(NT, BORDER)
     bh, c = (tl.program_id(0) // borders).to(tl.int64), tl.program_id(0) % borders
@@ -1025,7 +1025,7 @@ def dgates_kernel(
         before, after = before + tl.load(carry), after + tl.load(carry + 1)
 
     decay = tl.load(decay_ptr + bh * NT + tile, mask=tile < NT, other=1.0)
-    keep = tl.where(tile < NT, decay * decay / (decay * decay + 2.0**-20), 1.0)  # past T everything passes
+    keep = tl.where(tile < NT, decay * decay / (decay * decay + 2.0**-24), 1.0)  # past T everything passes
     all_h, all_state = tl.sum(to_h, axis=1), tl.sum(to_state, axis=1)
     a, b = tl.associative_scan((keep, all_state - keep * all_h), 0, one_after_the_other)
     from_before = a * before + b - all_state

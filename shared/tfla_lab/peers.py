@@ -297,6 +297,7 @@ KERNELS = {
     for kernel in (
         _ours("mlstm_limit_chunk", "mlstm_limit_chunk (03)"),
         _ours("mlstm_tfla", "mlstm_tfla (04)"),
+        _ours("mlstm_hopper", "mlstm_hopper (04)"),
         _ours("mlstmsig_tfla", "mlstmsig_tfla (05)"),
         _ours("mlstmsig_hopper", "mlstmsig_hopper (05)"),
         Kernel(

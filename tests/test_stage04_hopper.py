@@ -1,0 +1,482 @@
+"""Stage 04's mlstm_hopper.py.
+
+There is no interpreter for Gluon: its kernels run on a Hopper GPU or not at all. Without one, they are compiled, and
+the checks of arguments and the passes over the gates are tested.
+"""
+
+import properties
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon", reason="no Triton here, or one without Gluon")
+
+import mlstm_hopper as stage
+import mutants
+from mlstm_hopper import mlstm_hopper
+from mlstm_tfla import mlstm_tfla
+from properties import DEVICE, INTERPRETED
+from tfla_lab.check import check, relative_error, same_gauge
+from tfla_lab.forms import CHUNKWISE, FORMS, GRADIENTS, STATE, oracle, run_torch
+from tfla_lab.inputs import REGIMES, random_inputs
+
+BFLOAT16 = torch.bfloat16
+ON_HOPPER = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU: Gluon has no interpreter"
+)
+
+
+def make(*sizes, dtype=BFLOAT16, **options):
+    return properties.make(*sizes, dtype=dtype, **options)
+
+
+# Heads that fill their tiles and heads that do not: 8 and 72 columns leave most or nearly half of one empty.
+HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal to the references
+# ---------------------------------------------------------------------------------------------------------------------
+@ON_HOPPER
+@pytest.mark.parametrize("T", [1, 64, 1100, 3000])
+@pytest.mark.parametrize(("DQK", "DHV"), HEADS)
+@pytest.mark.parametrize("regime", ["typical", "initial", "shut", "resets"])
+def test_equals_the_chunkwise_form(DQK, DHV, regime, T):
+    """One tile, many tiles, several stored states; the last tile full or cut; documents that end anywhere."""
+    if T == 1 and DQK * DHV < 64 * 64:
+        T = 64  # few columns of one step: what is left of differences says nothing in 16 bits
+    properties.compare_with_chunkwise(mlstm_hopper, 2, 4, T, DQK, DHV, dtype=BFLOAT16, regime=regime)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize(("DQK", "DHV"), [(64, 64), (128, 256)])
+@pytest.mark.parametrize("shift_f", [-6, 5])
+def test_short_and_long_memory(DQK, DHV, shift_f):
+    """Where df is made of one tile alone, and where nearly all passes through hundreds of them."""
+    properties.compare_with_chunkwise(mlstm_hopper, 2, 4, 3000, DQK, DHV, dtype=BFLOAT16, shift_f=shift_f)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize(("T", "DQK", "DHV"), [(1024, 64, 64), (8192, 128, 256), (5000, 72, 104)])
+def test_few_sequences_are_cut_into_spans(T, DQK, DHV, with_state):
+    tiles = -(-T // stage.BLOCK)
+    inputs, dh, state, dstate = make(1, 2, T, DQK, DHV, with_state=with_state)
+    assert stage.span_of(inputs.q, tiles, 1) < tiles
+    actual = run_torch(mlstm_hopper, inputs, dh, initial_state=state, dstate=dstate)
+    wide, wide_state, wide_dstate = (
+        None if x is None else type(x)(*y) if hasattr(x, "_fields") else tuple(y)
+        for x, y in ((x, [z.double() for z in x] if x is not None else None) for x in (inputs, state, dstate))
+    )
+    expected = run_torch(
+        FORMS[CHUNKWISE["exp"]].load(), wide, dh.double(), initial_state=wide_state, dstate=wide_dstate
+    )
+    properties.compare_with(inputs, dh, expected, actual, BFLOAT16, state=state, dstate=dstate)
+
+
+@ON_HOPPER
+def test_the_normalizer_gradient_left_out():
+    """With a norm behind it, the gradients that assume_norm gives are the exact ones."""
+    inputs, dh, *_ = make(1, 2, 300, 64, 64, with_state=False)
+
+    def normalized(*x, **options):
+        h = mlstm_hopper(*x, **options).float()
+        return h * torch.rsqrt((h * h).mean(dim=-1, keepdim=True) + 1e-12)
+
+    gradients = []
+    for assume_norm in (False, True):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        gradients.append(torch.autograd.grad(normalized(*leaves, assume_norm=assume_norm), leaves, dh.float()))
+    for name, exact, other in zip(GRADIENTS, *gradients, strict=True):
+        assert relative_error(other, exact) < 4 * properties.budget(name, "bfloat16"), name
+    plain = [
+        torch.autograd.grad(mlstm_hopper(*leaves, assume_norm=assume_norm), leaves, dh) for assume_norm in (False, True)
+    ]
+    assert relative_error(plain[1][0], plain[0][0]) > 0.1, "without a norm it makes a difference"
+
+
+@ON_HOPPER
+@settings(max_examples=40)
+@given(
+    properties.cases([BFLOAT16], max_T=300), st.sampled_from([32, 48, 64, 96, 128]), st.sampled_from([32, 40, 128, 256])
+)
+def test_equals_the_recurrence(case, DQK, DHV):
+    properties.compare_with_oracle(mlstm_hopper, **(case | {"DQK": DQK, "DHV": DHV, "chunk_size": None}))
+
+
+@ON_HOPPER
+def test_equals_its_portable_twin():
+    """At full size, each no further from the other than its budget allows it to be from the truth."""
+    inputs, dh, state, dstate = make(2, 16, 4096, 128, 256)
+    hopper, portable = (
+        run_torch(form, inputs, dh, initial_state=state, dstate=dstate) for form in (mlstm_hopper, mlstm_tfla)
+    )
+    for name in ("h", *GRADIENTS, "dC_0", "C"):
+        assert relative_error(hopper[name], portable[name]) < 2 * properties.budget(name, "bfloat16"), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The passes over the gates, in Triton: also without a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+def in_tiles(x, NT):
+    """(B, NH, T, ...) as (B, NH, NT, BLOCK, ...), with zeros past T."""
+    rest = NT * stage.BLOCK - x.shape[2]
+    x = torch.cat([x, x.new_zeros(*x.shape[:2], rest, *x.shape[3:])], dim=2)
+    return x.unflatten(2, (NT, stage.BLOCK)).double()
+
+
+def unpack(rows, B, NH, NT):
+    """The tiles Wr, and the rows from w_read on."""
+    w_row, w_row_rest, u, u_rest, bounds, *others = rows.view(B, NH, NT, 8, stage.BLOCK).double().unbind(3)
+    step = torch.arange(stage.BLOCK, device=rows.device)
+    causal = step[:, None] >= step
+    forward = causal & (step >= (bounds // 128 - 1)[..., :, None])
+    backward = causal & (step[:, None] < (bounds % 128)[..., None, :])
+    inside = u > -1e29  # past T, both masks say nothing
+    assert torch.equal(forward & inside[..., None, :], backward & inside[..., None, :])
+    exponent = (w_row + w_row_rest)[..., :, None] + (u + u_rest)[..., None, :]
+    return torch.where(forward, exponent, -torch.inf).exp2(), *others
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("regime", list(REGIMES))
+def test_passes_around_the_walks(regime, with_state):
+    """All plain Triton kernels, with the four walks written in PyTorch, in float64, between them."""
+    B, NH, T, DQK, DHV, BLOCK = 1, 2, 700, 8, 8, stage.BLOCK
+    NT, BH = -(-T // BLOCK), B * NH
+    inputs, dh, state, dstate = properties.make(
+        B, NH, T, DQK, DHV, regime=regime, dtype=torch.float32, with_state=with_state
+    )
+    dstate = None if regime in ("saturated", "fifty") else dstate  # m_T has no gradient where weights tie
+    reference = oracle(inputs, dh, initial_state=state, dstate=dstate)
+    C_0, n_0, m_0 = state or (None,) * 3
+    dC_T, dn_T, dm_T = dstate or (None,) * 3
+    i, f, k = inputs.i, inputs.f, inputs.k
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=DEVICE).fill_(torch.nan)
+
+    # forward
+    g, a, m = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT + 1)
+    x, n, decay, rows = empty(B, NH, NT, DQK), empty(B, NH, NT + 1, DQK), empty(B, NH, NT), empty(BH * NT * 8, BLOCK)
+    parts = empty(BH * NT * 8, DQK, dtype=torch.float32 if INTERPRETED else torch.bfloat16)
+    gates = (*i.stride(), *f.stride())
+    stage.summary_kernel[(NT * BH,)](i, f, k, g, a, x, *gates, *k.stride()[:3], T, NT, NH, DQK, BLOCK, 8)
+    stage.stabilizers_kernel[(BH,)](g, a, m_0, m, NT, 4)
+    stage.vectors_kernel[(BH,)](g, a, m, decay, x, n_0, n, parts, NT, DQK, False, 4, 8)
+    stage.rows_kernel[(-(-NT // 4) * BH,)](i, f, m, rows, *gates, T, NT, NH, DQK**-0.5, BLOCK, 4)
+    if not INTERPRETED:  # the interpreter cannot round to bfloat16
+        n_again = parts.view(B, NH, NT, 8, DQK).double()
+        torch.testing.assert_close(n_again[..., :2, :].sum(3), n[:, :, :-1].double(), rtol=1e-4, atol=1e-30)
+        assert (n_again[..., 2:, :] == 0).all()
+    q, k, v, dh_ = (in_tiles(y, NT) for y in (*inputs[:3], dh))
+    W, w_read, w_end, floor = unpack(rows, B, NH, NT)
+    C = [torch.zeros(B, NH, DQK, DHV, dtype=torch.float64, device=DEVICE) if C_0 is None else C_0.double()]
+    for c in range(NT):
+        C.append(decay[:, :, c, None, None] * C[c] + (w_end[:, :, c, :, None] * k[:, :, c]).mT @ v[:, :, c])
+    C = torch.stack(C, dim=2)
+    S = ((q @ k.mT) * W).sum(-1) + w_read * (q @ n[:, :, :-1, :, None].double())[..., 0]
+    D = torch.maximum(S.abs(), floor)
+    h = (((q @ k.mT) * W) @ v + w_read[..., None] * (q @ C[:, :, :-1])) / D[..., None]
+
+    # backward
+    S_, new_rows = S.flatten(2)[:, :, :T].float().contiguous(), empty(BH * NT * 8, BLOCK)
+    stage.rows_backward_kernel[(-(-NT // 4) * BH,)](rows, S_, new_rows, T, NT, BLOCK, 4)
+    Wr, w_read, *_ = unpack(new_rows, B, NH, NT)
+    C_dh = dh_ @ C[:, :, :-1].mT
+    tile_part = ((q @ k.mT) * (dh_ @ v.mT) * Wr).sum(-1)
+    dh_h = torch.stack([tile_part, w_read * (q * C_dh).sum(-1)]).flatten(3)[..., :T].float().contiguous()
+    stage.delta_kernel[(NT * BH,)](
+        inputs.q, rows, new_rows, S_, dh_h, x, *inputs.q.stride()[:3], T, NT, NH, BH, DQK, 2, BLOCK, 8
+    )
+    delta, dn = unpack(new_rows, B, NH, NT)[-1], torch.empty_like(n)
+    stage.vectors_kernel[(BH,)](None, None, None, decay, x, dn_T, dn, None, NT, DQK, True, 4, 8)
+    dC = [torch.zeros_like(C[:, :, 0]) if dC_T is None else dC_T.double()]
+    for c in reversed(range(NT)):
+        dC.insert(0, decay[:, :, c, None, None] * dC[0] + (w_read[:, :, c, :, None] * q[:, :, c]).mT @ dh_[:, :, c])
+    dC = torch.stack(dC, dim=2)
+    dP = (dh_ @ v.mT + delta[..., None]) * Wr
+    dq = dP @ k + w_read[..., None] * (C_dh + delta[..., None] * n[:, :, :-1, None].double())
+    dk_state = w_end[..., None] * (v @ dC[:, :, 1:].mT + dn[:, :, 1:, None].double())
+    dk = dP.mT @ q + dk_state
+    dv = ((q @ k.mT) * Wr).mT @ dh_ + w_end[..., None] * (k @ dC[:, :, 1:])
+    sums = ((q * dq).sum(-1), (k * dk).sum(-1), (k * dk_state).sum(-1))
+    sums = [y.flatten(2)[None, :, :, :T].float().contiguous() for y in sums]
+    borders = [*range(0, NT, stage.BORDER), NT]
+    carry = (C * dC).sum((-2, -1))[:, :, borders][None].float().contiguous()
+    if dC_T is None:
+        carry[..., -1] = 0
+    di_rest, df_bar_rest = None, None
+    if dC_T is not None:
+        overlap = (C[:, :, -1] * dC_T).sum((-2, -1)) + (n[:, :, -1] * dn_T).sum(-1)
+        m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
+        di_rest, df_bar_rest, _ = stage.stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap)
+        di_rest, df_bar_rest = di_rest.float().contiguous(), df_bar_rest.float().contiguous()
+    di, df = torch.empty_like(i), torch.empty_like(f)
+    stage.dgates_kernel[((len(borders) - 1) * BH,)](
+        f, decay, n, dn, *sums, carry, di_rest, df_bar_rest, di, df, *f.stride(), *di.stride(), *df.stride(),
+        T, NT, NH, BH, DQK, 1, 1, stage.BORDER, BLOCK, 8,
+    )  # fmt: skip
+    actual = {name: y.flatten(2, 3)[:, :, :T].float() for name, y in zip(
+        ("h", "dq", "dk", "dv"), (h, dq, dk, dv), strict=True)} | {"di": di, "df": df}  # fmt: skip
+    actual |= {"C": C[:, :, -1], "n": n[:, :, -1], "m": m[:, :, -1]}
+    if regime in ("fifty", "saturated"):  # single steps outweigh all others: what is left of the gates' gradients is 0
+        del actual["di"], actual["df"]
+    # df: of a decay that is not far above 2^-12, some is left out (see dgates_kernel): up to 1e-3 of what crosses.
+    rest = {name: actual[name] for name in actual if name not in STATE["exp"]}
+    scales = properties.summands(inputs, dh, state, dstate)
+    check(rest, reference, dtype="float32", budgets={"df": 1e-3}, scales=scales, verbose=False)
+    final = same_gauge((actual["C"], actual["n"], actual["m"]), reference["m"])
+    check(
+        final,
+        same_gauge((reference["C"], reference["n"], reference["m"]), reference["m"]),
+        dtype="float32",
+        verbose=False,
+    )
+
+
+@pytest.mark.parametrize("BACKWARD", [False, True])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_spans(BACKWARD, with_state):
+    """The state that each span starts from, against a walk over all tiles; the last span is cut."""
+    B, NH, NT, SPAN, DQK, DHV, BLOCK = 1, 2, 7, 2, 8, 16, stage.BLOCK
+    T = NT * BLOCK - 20
+    k, v = (torch.randn(B, NH, T, D, device=DEVICE) for D in (DQK, DHV))
+    rows, decay = torch.rand(B * NH * NT * 8, BLOCK, device=DEVICE), torch.rand(B, NH, NT, device=DEVICE)
+    first = torch.randn(B, NH, DQK, DHV, device=DEVICE) if with_state else None
+    starts = stage.starts_of_spans(k, v, rows, decay, first, SPAN, backward=BACKWARD)
+    assert starts.shape == (B, NH, 4, DQK, DHV)
+    w = rows.view(B, NH, NT, 8, BLOCK)[:, :, :, 5 if BACKWARD else 6].double()
+    k, v = in_tiles(k, NT), in_tiles(v, NT)
+    C = torch.zeros(B, NH, DQK, DHV, dtype=torch.float64, device=DEVICE) if first is None else first.double()
+    for n in range(NT):
+        tile = NT - 1 - n if BACKWARD else n
+        if tile in (1, 3, 5, 6) if BACKWARD else tile % SPAN == 0:
+            torch.testing.assert_close(starts[:, :, tile // SPAN].double(), C, rtol=1e-2, atol=1e-2)
+        C = decay[:, :, tile, None, None] * C + (w[:, :, tile, :, None] * k[:, :, tile]).mT @ v[:, :, tile]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Properties
+# ---------------------------------------------------------------------------------------------------------------------
+@ON_HOPPER
+@pytest.mark.parametrize(
+    ("property_", "options"),
+    [
+        (properties.splitting, {"T": 200, "t": 101}),
+        (properties.resets, {"lengths": (5, 28, 1, 41, 64, 130)}),
+        (properties.padding, {"T": 150}),
+        (properties.linear_in_v, {}),
+        (properties.empty_sequences, {}),
+    ],
+)
+def test_properties(property_, options):
+    property_(mlstm_hopper, BFLOAT16, heads=(32, 40), **options)
+
+
+@ON_HOPPER
+def test_finite():
+    properties.finite_at_extremes(mlstm_hopper, BFLOAT16)
+    properties.nothing_but_padding(mlstm_hopper, BFLOAT16)
+
+
+@ON_HOPPER
+def test_batch_and_heads_are_independent_to_the_bit():
+    properties.batch_and_heads_are_independent(mlstm_hopper, BFLOAT16, bitwise=True, heads=(32, 40))
+
+
+@ON_HOPPER
+def test_causality():
+    properties.causality(mlstm_hopper, BFLOAT16, T=170, t=90, heads=(32, 40))
+
+
+@ON_HOPPER
+def test_nan_in_a_gate_is_seen():
+    properties.nan_in_a_gate_is_seen(mlstm_hopper, BFLOAT16, T=170, t=90, heads=(32, 40))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("T", [100, 4096])
+def test_twenty_runs_give_the_same_bits(T):
+    """Warps that wait for each other would show here if one did not wait long enough."""
+    inputs, dh, state, dstate = make(2, 16, T, 128, 256)
+    first = run_torch(mlstm_hopper, inputs, dh, initial_state=state, dstate=dstate)
+    for _ in range(19):
+        other = run_torch(mlstm_hopper, inputs, dh, initial_state=state, dstate=dstate)
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@ON_HOPPER
+def test_a_neighbour_that_is_not_a_number():
+    """The copy engine's tiles end where the sequence does, not where the tile would."""
+    inputs, dh, *_ = make(2, 2, 70, 64, 64, with_state=False)
+    clean = run_torch(mlstm_hopper, inputs, dh)
+    for x in (*inputs, dh):
+        x[0, 1:].fill_(torch.nan), x[1:].fill_(torch.nan)
+    spoilt = run_torch(mlstm_hopper, inputs, dh)
+    for name in ("h", *GRADIENTS):
+        assert torch.equal(clean[name][0, 0], spoilt[name][0, 0]), name
+
+
+@ON_HOPPER
+def test_views_are_not_copied():
+    """(B, T, NH, D) tensors seen through a transpose, and slices of a larger tensor; h in the layout of v."""
+    B, NH, T, D = 2, 3, 140, 32
+    whole = torch.randn(B, T, NH, 3 * D, device=DEVICE, dtype=BFLOAT16)
+    q, k, v = whole.transpose(1, 2).split(D, dim=-1)
+    i, f = torch.randn(2, B, T, NH, device=DEVICE).transpose(2, 3)
+    for x in (q, k, v, i, f):
+        x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
+    h = mlstm_hopper(q, k, v, i, f)
+    expected = mlstm_hopper(*(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, i, f)))
+    assert torch.equal(h, expected)
+    v = torch.randn(B, T, NH, D, device=DEVICE, dtype=BFLOAT16).transpose(1, 2)
+    assert mlstm_hopper(q, k, v, i, f).stride() == v.stride()
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("property_", [properties.gradient_of_a_sum, properties.only_the_state_is_used])
+def test_autograd(property_):
+    property_(mlstm_hopper, dtype=BFLOAT16)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("gate_dtype", [BFLOAT16, torch.float32])
+def test_gates_in_either_dtype(gate_dtype):
+    properties.gates_in_either_dtype(mlstm_hopper, gate_dtype, dtype=BFLOAT16)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("with_state", [True, False])
+def test_opcheck(with_state):
+    """PyTorch's own test of a registered operation: schema, fake kernel, autograd registration, tracing."""
+    inputs, _, state, _ = make(1, 2, 40, 8, 8)
+    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), state[0] if with_state else None))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile(dynamic):
+    properties.one_graph(mlstm_hopper, dynamic, dtype=BFLOAT16)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traces_into_one_graph(dynamic):
+    """Also without a GPU: torch.compile looks through all checks of arguments. What runs then is the launcher's own."""
+    compiled = torch.compile(mlstm_hopper, fullgraph=True, dynamic=dynamic, backend="eager")
+    for T in (40, 56):
+        x = torch.ones(1, 2, T, 8, dtype=BFLOAT16, requires_grad=True)
+        with pytest.raises(ValueError, match="q must be on a Hopper GPU"):
+            compiled(x, x, x, x[..., 0], x[..., 0], return_state=True)
+
+
+@ON_HOPPER
+def test_offsets_beyond_2_to_the_31():
+    properties.offsets_beyond_2_to_the_31(lambda q, k, *x, **o: mlstm_hopper(q[..., :128], k[..., :128], *x, **o))
+
+
+@ON_HOPPER
+def test_more_heads_than_a_grid_axis_may_have():
+    properties.more_heads_than_a_grid_axis_may_have(mlstm_hopper, dtype=BFLOAT16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+BAD = [
+    (lambda x: {"q": x.q[0]}, ValueError, r"q must have shape \(B, NH, T, D\)"),
+    (lambda x: {"f": 3.0}, TypeError, "f must be a torch.Tensor, got float"),
+    (lambda x: {"q": x.q.half(), "k": x.k.half(), "v": x.v.half()}, TypeError, "q must be bfloat16, got torch.float16"),
+    (lambda x: {"q": x.q[..., :12], "k": x.k[..., :12]}, ValueError, "q must have at most 128 columns, a multiple of"),
+    (lambda x: {"v": x.v.repeat(1, 1, 1, 40)}, ValueError, "v must have at most 256 columns, a multiple of 8, got 320"),
+    (lambda x: {"k": x.k.mT.contiguous().mT}, ValueError, "k must be contiguous in its last dimension .* got strides"),
+    (lambda x: {"k": torch.cat([x.k, x.k[..., :4]], -1)[..., :16]}, ValueError, "k must .* multiples of 8, "),
+    (lambda x: {"q": x.q[:, :1].expand_as(x.q)}, ValueError, "q must be .* got strides"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_errors_name_the_argument(change, error, message):
+    inputs = random_inputs(1, 2, 5, 16, 8, dtype=torch.float32, device=DEVICE)
+    inputs = inputs._replace(q=inputs.q.to(BFLOAT16), k=inputs.k.to(BFLOAT16), v=inputs.v.to(BFLOAT16))
+    with pytest.raises(error, match=message):
+        mlstm_hopper(**(inputs._asdict() | change(inputs)))
+
+
+@ON_HOPPER
+def test_an_odd_address_is_named():
+    x, *_ = make(1, 2, 70, 16, 8)
+    odd = torch.empty(x.v.numel() + 4, dtype=BFLOAT16, device=DEVICE)[4:].view_as(x.v)
+    with pytest.raises(ValueError, match="v must begin at a multiple of 16 bytes, got address"):
+        mlstm_hopper(*x._replace(v=odd))
+
+
+def test_another_device_is_named():
+    x = torch.ones(1, 1, 8, 8, dtype=BFLOAT16)
+    with pytest.raises(ValueError, match=r"q must be on a Hopper GPU \(H100, H200\), got cpu; mlstm_tfla.py runs"):
+        mlstm_hopper(x, x, x, x[..., 0], x[..., 0])
+
+
+def test_without_triton_the_import_says_what_works():
+    code = "import sys; sys.modules['triton'] = None; import mlstm_chunkwise; import mlstm_hopper"
+    assert "ImportError: mlstm_hopper.py needs Triton 3.6" in properties.run_python(code).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled, with or without a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+def test_compiles_ahead_of_time():
+    """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
+    rows = properties.compile_ahead_of_time("sm_90", "stage04_hopper_aot.json", "mlstm_hopper", witness="bfloat16")
+    assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
+    assert all(row["stack"] == 0 for row in rows), "registers spill"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutants
+# ---------------------------------------------------------------------------------------------------------------------
+def suite(module) -> None:
+    for regime, shift_f in (("typical", 0), ("resets", 0), ("typical", 5)):
+        properties.compare_with_chunkwise(
+            module.mlstm_hopper, 1, 2, 1100, 72, 104, dtype=BFLOAT16, regime=regime, shift_f=shift_f
+        )
+
+
+MUTANTS = [
+    # causality and documents
+    ("mask = (column <= row) & (column >= (bounds >> 7) - 1)", "mask = column >= (bounds >> 7) - 1"),
+    ("mask = (column <= row) & (column >= (bounds >> 7) - 1)", "mask = column <= row"),
+    ("mask = (column >= row) & (column < (bounds & 127))", "mask = column < (bounds & 127)"),
+    ("mask = (column >= row) & (column < (bounds & 127))", "mask = column >= row"),
+    ("log_w_state = tl.where(start < 0, b + m_first, -float(\"inf\"))", "log_w_state = b + m_first"),
+    ("w_end = tl.where(offs_l >= start_last, tl.exp((g + u - m_last).to(tl.float32)), 0.0)",
+     "w_end = tl.exp((g + u - m_last).to(tl.float32))"),
+    ("tl.where(start < 0, g, -float(\"inf\"))", "g"),
+    # weights, normalizer
+    ("exponent + rest, -float", "exponent, -float"),
+    ("read = read * r_smem", "read = read + 0.0 * r_smem"),
+    ("P = P * r[:, None]", "P = P"),
+    ("P_smem.index(P_stage).permute((1, 0)), y * read,", "P_smem.index(P_stage).permute((1, 0)), y,"),
+    ("(warpgroup_mma_wait(1, deps=[y]) + n) * read", "warpgroup_mma_wait(1, deps=[y]) * read"),
+    # the normalizer's gradient
+    ("n = n * rows.index(7)", "n = 0.0 * n * rows.index(7)"),
+    ("scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]", "scores += 0.0"),
+    ("scores += rows.index(7).load(gl.SliceLayout(1, layout))[:, None]", "scores += 0.0"),
+    ("tl.where(S > 0, -dh_h, dh_h)", "-dh_h"),
+    ("tl.sum(q * weight[:, None], axis=0)[None, :]", "0.0 * tl.sum(q * weight[:, None], axis=0)[None, :]"),
+    # gradients of the gates, and states
+    ("gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0)",
+     "gl.sum(gl.sum(border.to(gl.float32) * 0.0, axis=1), axis=0)"),
+    ("gl.sum(gl.sum(C_T * C, axis=1), axis=0)", "gl.sum(gl.sum(C_T * 0.0, axis=1), axis=0)"),
+    ("to_h + (q_dq - (k_dk - k_dk_state))", "to_h + (q_dq - k_dk)"),
+    ("to_state + k_dk_state,", "to_state,"),
+    ("before, after = before + tl.load(carry),", "before, after = before,"),
+    ("dk, k_dk, k_dk_state, dn, ends),", "dk, k_dk, k_dk_state, dn, None),"),
+]  # fmt: skip
+
+
+@ON_HOPPER
+@pytest.mark.parametrize(("old", "new"), MUTANTS)
+def test_mutants_are_noticed(old, new, tmp_path):
+    mutants.assert_noticed(suite, mutants.load_mutant("04_tfla_triton/mlstm_hopper.py", old, new, tmp_path))
