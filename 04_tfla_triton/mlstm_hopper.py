@@ -14,8 +14,8 @@ written and read again, and everything comes from memory once. Of a tile, with P
 So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
 All stabilizers m and, as it takes little more than k, the normalizer state n of every tile come from passes before:
 
-    forward     summary_kernel -> stabilizers_kernel -> vectors_kernel, rows_kernel -> (spans) -> h
-    backward    rows_backward_kernel -> (spans) -> dv -> dh_h_kernel -> delta_kernel -> vectors_kernel -> dq, dk
+    forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> sums_kernel -> vectors_kernel -> h
+    backward    rows_backward_kernel -> dv -> dh_h_kernel -> delta_kernel -> sums_kernel -> vectors_kernel -> dq, dk
                 -> dgates_kernel
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
@@ -24,8 +24,8 @@ The warps of a program have different jobs ("warp specialization") and wait for 
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
     state    the others: keep the state in their registers, multiply with it, and add to it
 
-Where sequences are so few that most of the GPU would stand idle, each is cut into spans, one program each: spans_kernel
-computes what each of them adds to the state, start_kernel with which state each of them starts.
+Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
+same time: pieces_kernel computes what the pieces of a span add to the state, starts_kernel what each span starts from.
 
 Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     b        sum of log sigmoid(f) since the tile began, without resets; g is its last value
@@ -146,30 +146,24 @@ def tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T):
 
 @triton.jit
 def summary_kernel(
-    i_ptr, f_ptr, k_ptr, g_ptr, a_ptr, n_ptr,
-    stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft, stride_kb, stride_kh, stride_kt,
-    T, NT, NH, DQK, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+    i_ptr, f_ptr, g_ptr, a_ptr, stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
+    T, NT, NH, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """What a tile does to the state: C -> e^g C + e^a (...), and the sum for n. Grid: NT * B * NH.
+    """What tiles do to the stabilizer, m -> max(m + g, a). Grid: (tiles / TILES) * B * NH.
 
     g is -inf where a document begins in the tile; a = max_j (g + u_j) of the steps that are in the document at its end.
     """
-    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
+    groups = tl.cdiv(NT, TILES)
+    bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    tile, offs_l = group * TILES + tl.arange(0, TILES), tl.arange(0, BLOCK)[None, :]
+    offs_t = (tile[:, None] * BLOCK + offs_l).to(tl.int64)  # (TILES, BLOCK)
     i_ptr, f_ptr = head(i_ptr, bh, NH, stride_ib, stride_ih), head(f_ptr, bh, NH, stride_fb, stride_fh)
-    offs_l, offs_k = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK_DQK)[None, :]
-    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
-    b, u, start, u_max = tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T)
+    b, _, start, u_max = tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T)
     last = offs_l == BLOCK - 1
-    g, start = tl.sum(tl.where(last, b, 0.0)), tl.max(start)
-    a = tl.maximum(g + tl.sum(tl.where(last, u_max, 0.0)), FORGOTTEN)
-    w = tl.sum(tl.where(offs_l >= start, tl.exp(g + u - a), 0.0).to(tl.float32), axis=0)[:, None]  # (BLOCK, 1)
-    offs_t = (tile * BLOCK + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
-    k_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh)
-    k = tl.load(k_ptr + offs_t * stride_kt + offs_k, mask=(offs_t < T) & (offs_k < DQK), other=0.0)
-    n = tl.sum(k.to(tl.float32) * w, axis=0)[None, :]
-    tl.store(n_ptr + (bh * NT + tile) * DQK + offs_k, n, mask=offs_k < DQK)
-    tl.store(g_ptr + bh * NT + tile, tl.where(start < 0, g, -float("inf")))
-    tl.store(a_ptr + bh * NT + tile, a)
+    g, a = tl.sum(tl.where(last, b, 0.0), axis=1), tl.sum(tl.where(last, b + u_max, 0.0), axis=1)
+    g = tl.where(tl.max(start, axis=1) < 0, g, -float("inf"))
+    tl.store(g_ptr + bh * NT + tile, g, mask=tile < NT)
+    tl.store(a_ptr + bh * NT + tile, tl.maximum(a, FORGOTTEN), mask=tile < NT)
 
 
 @triton.jit
@@ -203,13 +197,33 @@ def store_parts(ptr, n, tile, offs_k, mask, DQK):
 
 
 @triton.jit
+def sums_kernel(
+    k_ptr, rows_ptr, x_ptr, stride_kb, stride_kh, stride_kt,
+    T, NT, NH, DQK, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+):  # fmt: skip
+    """What a tile adds to n: the sum of w_end k, or to dn: of w_read delta q. Grid: NT * B * NH."""
+    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
+    offs_l, offs_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DQK)[None, :]
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
+    mask = (offs_t < T)[:, None] & (offs_k < DQK)
+    k = tl.load(head(k_ptr, bh, NH, stride_kb, stride_kh) + offs_t[:, None] * stride_kt + offs_k, mask=mask, other=0.0)
+    rows_ptr += (bh * NT + tile) * 8 * BLOCK + offs_l
+    if BACKWARD:
+        w = tl.load(rows_ptr + 5 * BLOCK) * tl.load(rows_ptr + 7 * BLOCK)
+    else:
+        w = tl.load(rows_ptr + 6 * BLOCK)
+    x = tl.sum(k.to(tl.float32) * w[:, None], axis=0)[None, :]
+    tl.store(x_ptr + (bh * NT + tile) * DQK + offs_k, x, mask=offs_k < DQK)
+
+
+@triton.jit
 def vectors_kernel(
-    g_ptr, a_ptr, m_ptr, decay_ptr, x_ptr, first_ptr, n_ptr, parts_ptr,
+    x_ptr, decay_ptr, first_ptr, n_ptr, parts_ptr,
     NT, DQK, BACKWARD: tl.constexpr, TILES: tl.constexpr, BLOCK_DQK: tl.constexpr,
 ):  # fmt: skip
     """n or its gradient dn at all tile borders of a head. Grid: (tiles of DQK) * B * NH. Loop: TILES at a time.
 
-    forward     n_c = decay n_{c-1} + e^(a - m_c) x_c, x from summary_kernel; also all decays, and n in parts
+    forward     n_c = decay n_{c-1} + x_c; also in parts
     backward    dn_{c-1} = decay dn_c + x_c, from the last tile to the first
     """
     tiles_k = tl.cdiv(DQK, BLOCK_DQK)
@@ -222,27 +236,14 @@ def vectors_kernel(
         n_before = tl.load(first_ptr + bh * DQK + offs_k, mask=columns, other=0.0)
     tl.store(n_ptr + (NT if BACKWARD else 0) * DQK + offs_k, n_before, mask=columns)
     if not BACKWARD:
-        g_ptr, a_ptr, m_ptr, parts_ptr = (
-            g_ptr + bh * NT,
-            a_ptr + bh * NT,
-            m_ptr + bh * (NT + 1),
-            parts_ptr + bh * NT * 8 * DQK,
-        )
+        parts_ptr += bh * NT * 8 * DQK
         store_parts(parts_ptr, n_before[None, :], tl.zeros((1,), dtype=tl.int32), offs_k, columns[None, :], DQK)
     for first in range(0, NT, TILES):
         inside = first + number < NT
         tile = NT - 1 - first - number if BACKWARD else first + number
         mask = inside[:, None] & columns[None, :]
         x = tl.load(x_ptr + tile[:, None] * DQK + offs_k[None, :], mask=mask, other=0.0)
-        if BACKWARD:
-            decay = tl.load(decay_ptr + tile, mask=inside, other=1.0)
-        else:
-            m = tl.load(m_ptr + tile, mask=inside, other=0.0).to(tl.float64)
-            m_next = tl.load(m_ptr + tile + 1, mask=inside, other=0.0).to(tl.float64)
-            decay = tl.exp((tl.load(g_ptr + tile, mask=inside, other=0.0) + m - m_next).to(tl.float32))
-            x *= tl.exp((tl.load(a_ptr + tile, mask=inside, other=0.0) - m_next).to(tl.float32))[:, None]
-            if tile_k == 0:
-                tl.store(decay_ptr + tile, decay, mask=inside)
+        decay = tl.load(decay_ptr + tile, mask=inside, other=1.0)
         decays, sums = tl.associative_scan((decay[:, None] + tl.zeros_like(x), x), 0, one_after_the_other)
         n = decays * n_before[None, :] + sums
         border = tile if BACKWARD else tile + 1
@@ -259,11 +260,11 @@ def store_row(rows_ptr, x, first, offs_l, mask, NUMBER: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def rows_kernel(
-    i_ptr, f_ptr, m_ptr, rows_ptr,
+    i_ptr, f_ptr, m_ptr, rows_ptr, decay_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     T, NT, NH, s, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The rows of some tiles, side by side. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
+    """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
     groups = tl.cdiv(NT, TILES)
     bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
@@ -294,6 +295,8 @@ def rows_kernel(
     w_end = tl.where(offs_l >= start_last, tl.exp((g + u - m_last).to(tl.float32)), 0.0)
     store_row(rows_ptr, w_end, row, offs_l, mask, 6, BLOCK)
     store_row(rows_ptr, tl.exp(-tl.minimum(m, M_CAP)), row, offs_l, mask, 7, BLOCK)
+    decay = tl.where(start_last < 0, tl.exp((g + m_first - m_last).to(tl.float32)), 0.0)
+    tl.store(decay_ptr + bh * NT + tile, decay, mask=mask)
 
 
 @triton.jit
@@ -319,91 +322,85 @@ def rows_backward_kernel(rows_ptr, S_ptr, new_rows_ptr, T, NT, BLOCK: tl.constex
 
 @triton.jit
 def delta_kernel(
-    q_ptr, rows_ptr, new_rows_ptr, S_ptr, dh_h_ptr, x_ptr, stride_qb, stride_qh, stride_qt,
-    T, NT, NH, BH, DQK, PARTS, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+    rows_ptr, new_rows_ptr, S_ptr, dh_h_ptr, T, NT, BH, PARTS, BLOCK: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """delta = -[|S| wins the max] sign(S) dh . h, and the tile's sum of w_read delta q, for dn. Grid: NT * B * NH."""
-    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
-    offs_l, offs_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DQK)[None, :]
+    """delta = -[|S| wins the max] sign(S) dh . h of some tiles. Grid: (tiles / TILES) * B * NH."""
+    groups = tl.cdiv(NT, TILES)
+    bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
     offs_t = (tile * BLOCK + offs_l).to(tl.int64)
-    inside, first = offs_t < T, (bh * NT + tile) * 8 * BLOCK
-    dh_h = tl.zeros((BLOCK,), dtype=tl.float32)
+    inside, row_7 = offs_t < T, ((bh * NT + tile) * 8 + 7) * BLOCK + offs_l
+    dh_h = tl.zeros((TILES, BLOCK), dtype=tl.float32)
     for part in range(PARTS):
         dh_h += tl.load(dh_h_ptr + (part * BH + bh) * T + offs_t, mask=inside, other=0.0)
     S = tl.load(S_ptr + bh * T + offs_t, mask=inside, other=0.0)
-    wins = tl.abs(S) > tl.load(rows_ptr + first + 7 * BLOCK + offs_l)
-    delta = tl.where(wins, tl.where(S > 0, -dh_h, dh_h), 0.0)
-    tl.store(new_rows_ptr + first + 7 * BLOCK + offs_l, delta)
-    weight = tl.load(new_rows_ptr + first + 5 * BLOCK + offs_l) * delta
-    q_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh)
-    mask = inside[:, None] & (offs_k < DQK)
-    q = tl.load(q_ptr + offs_t[:, None] * stride_qt + offs_k, mask=mask, other=0.0).to(tl.float32)
-    x = tl.sum(q * weight[:, None], axis=0)[None, :]
-    tl.store(x_ptr + (bh * NT + tile) * DQK + offs_k, x, mask=offs_k < DQK)
+    floor = tl.load(rows_ptr + row_7, mask=inside, other=1.0)
+    delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -dh_h, dh_h), 0.0)
+    tl.store(new_rows_ptr + row_7, delta, mask=tile < NT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spans of few sequences, in plain Triton
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
-def spans_kernel(
+def pieces_kernel(
     k_ptr, v_ptr, rows_ptr, decay_ptr, C_ptr, decays_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    T, NT, NH, SPAN, DQK, DHV, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+    T, NT, NH, PIECE, first, DQK, DHV, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
     BLOCK_DHV: tl.constexpr,
 ):  # fmt: skip
-    """What a span of SPAN tiles makes of an empty state, and the product of its decays.
-
-    Grid: tiles of C, spans, B * NH.
-    Of a span that nothing follows (backward: the first one) nobody asks.
-    """
-    tiles_v, spans = tl.cdiv(DHV, BLOCK_DHV), tl.cdiv(NT, SPAN)
+    """What PIECE tiles make of an empty state, and the product of their decays. Grid: tiles of C, pieces, B * NH."""
+    tiles_v, pieces = tl.cdiv(DHV, BLOCK_DHV), tl.cdiv(NT, PIECE)
     tile_k, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
-    span, bh = tl.program_id(1) + (1 if BACKWARD else 0), tl.program_id(2).to(tl.int64)
+    piece, bh = first + tl.program_id(1), tl.program_id(2).to(tl.int64)
     offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
     k_ptr, v_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh), head(v_ptr, bh, NH, stride_vb, stride_vh)
     WRITE: tl.constexpr = 5 if BACKWARD else 6
     C = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
     decays = tl.full((), 1.0, dtype=tl.float32)
-    tiles = tl.minimum(SPAN, NT - span * SPAN)
+    tiles = tl.minimum(PIECE, NT - piece * PIECE)
     for n in range(tiles):
-        tile = span * SPAN + (tiles - 1 - n if BACKWARD else n)
+        tile = piece * PIECE + (tiles - 1 - n if BACKWARD else n)
         offs_t = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        decay = tl.load(decay_ptr + bh * NT + tile)
+        mask = (offs_t < T)[:, None]
+        k_rows, v_rows = k_ptr + offs_t[:, None] * stride_kt, v_ptr + offs_t[:, None] * stride_vt
+        k = tl.load(k_rows + offs_k[None, :], mask=mask & (offs_k < DQK)[None, :], other=0.0)
+        v = tl.load(v_rows + offs_v[None, :], mask=mask & (offs_v < DHV)[None, :], other=0.0)
         w = tl.load(rows_ptr + ((bh * NT + tile) * 8 + WRITE) * BLOCK + tl.arange(0, BLOCK))
-        k_mask, v_mask = (
-            (offs_t[:, None] < T) & (offs_k[None, :] < DQK),
-            (offs_t[:, None] < T) & (offs_v[None, :] < DHV),
-        )
-        k = tl.load(k_ptr + offs_t[:, None] * stride_kt + offs_k[None, :], mask=k_mask, other=0.0)
-        v = tl.load(v_ptr + offs_t[:, None] * stride_vt + offs_v[None, :], mask=v_mask, other=0.0)
+        decay = tl.load(decay_ptr + bh * NT + tile)
         k = (k.to(tl.float32) * w[:, None]).to(v.dtype)
-        C = tl.dot(tl.trans(k), v, C * decay)
-        decays *= decay
+        C, decays = tl.dot(tl.trans(k), v, C * decay), decays * decay
     if tl.program_id(0) == 0:
-        tl.store(decays_ptr + bh * spans + span, decays)
-    offs_C = offs_k[:, None] * DHV + offs_v[None, :]
-    C_ptr += (bh * spans + span) * DQK * DHV
-    tl.store(C_ptr + offs_C, C, mask=(offs_k[:, None] < DQK) & (offs_v[None, :] < DHV))
+        tl.store(decays_ptr + bh * pieces + piece, decays)
+    C_ptr += (bh * pieces + piece) * DQK * DHV + offs_k[:, None] * DHV + offs_v[None, :]
+    tl.store(C_ptr, C, mask=(offs_k < DQK)[:, None] & (offs_v < DHV)[None, :])
 
 
 @triton.jit
-def start_kernel(C_ptr, decays_ptr, first_ptr, SPANS, SIZE, BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """In place of what a span makes of an empty state: the state that it starts from. Grid: entries of C, B * NH."""
-    bh = tl.program_id(1).to(tl.int64)
+def starts_kernel(
+    C_ptr, decays_ptr, first_ptr, start_ptr, PIECES, PER_SPAN, SIZE, BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """The state that each span of PER_SPAN pieces, the last one of less, starts from. Grid: entries of C, B * NH."""
+    bh, spans = tl.program_id(1).to(tl.int64), tl.cdiv(PIECES, PER_SPAN)
     offs = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     C = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
     if first_ptr is not None:
         C = tl.load(first_ptr + bh * SIZE + offs, mask=offs < SIZE, other=0.0)
-    for n in range(SPANS):
-        span = bh * SPANS + (SPANS - 1 - n if BACKWARD else n)
-        own = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
-        decay = tl.full((), 0.0, dtype=tl.float32)
-        if n < SPANS - 1:
-            own = tl.load(C_ptr + span * SIZE + offs, mask=offs < SIZE, other=0.0)
-            decay = tl.load(decays_ptr + span)
-        tl.store(C_ptr + span * SIZE + offs, C, mask=offs < SIZE)
-        C = decay * C + own
+    first = (spans - 1) * PER_SPAN if BACKWARD else 0
+    tl.store(start_ptr + (bh * spans + first // PER_SPAN) * SIZE + offs, C, mask=offs < SIZE)
+    if BACKWARD:
+        for n in range(PIECES - PER_SPAN):
+            piece = PIECES - 1 - n
+            own = tl.load(C_ptr + (bh * PIECES + piece) * SIZE + offs, mask=offs < SIZE, other=0.0)
+            C = C * tl.load(decays_ptr + bh * PIECES + piece) + own
+            if piece % PER_SPAN == 0:
+                tl.store(start_ptr + (bh * spans + piece // PER_SPAN - 1) * SIZE + offs, C, mask=offs < SIZE)
+    else:
+        for piece in range((spans - 1) * PER_SPAN):
+            own = tl.load(C_ptr + (bh * PIECES + piece) * SIZE + offs, mask=offs < SIZE, other=0.0)
+            C = C * tl.load(decays_ptr + bh * PIECES + piece) + own
+            if (piece + 1) % PER_SPAN == 0:
+                tl.store(start_ptr + (bh * spans + (piece + 1) // PER_SPAN) * SIZE + offs, C, mask=offs < SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +423,7 @@ def tile_rows(rows_smem, stage, BLOCK: gl.constexpr):
 @gluon.jit
 def load_partition(
     a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem,
-    full, empty, batch, head_, bh, first_b, first_x, first, count, NT,
+    full, empty, batch, head_, bh, first_b, first_x, first_n, first, count, NT,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
@@ -447,7 +444,8 @@ def load_partition(
                 own_desc, [batch, head_, tile * BLOCK, first_b], barrier, own_smem.index(stage)
             )
         if n_desc is not None:
-            tma.async_copy_global_to_shared(n_desc, [(bh * NT + tile) * 8, 0], barrier, n_smem.index(stage))
+            row = first_n + tile * n_desc.block_type.shape[0]
+            tma.async_copy_global_to_shared(n_desc, [row, first_b], barrier, n_smem.index(stage))
 
 
 @gluon.jit
@@ -721,13 +719,13 @@ def state_times_keys_kernel(
                 load_partition,
                 (
                     a_desc, b_desc, x_desc, None, n_desc, rows_desc, a_smem, b_smem, x_smem, None, n_smem, rows_smem,
-                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, first, count, NT, BACKWARD, BLOCK,
-                    STAGES,
+                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, bh.to(gl.int32) * NT * 8, first, count, NT,
+                    BACKWARD, BLOCK, STAGES,
                 ),
             ),
         ],
         [4, 1],
-        [104, 24],
+        [112, 24],
     )  # fmt: skip
 
 
@@ -736,9 +734,9 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
 def values_state_partition(
-    y_desc, own_y_ptr, own_state_ptr, n_ptr, decay_ptr, first_ptr,
-    a_smem, b_smem, x_smem, own_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty,
-    batch, head_, first_k, first, count, T,
+    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full,
+    P_empty, batch, head_, first_k, first, count, T,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
     BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -751,13 +749,9 @@ def values_state_partition(
     C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
     zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
-    offs_k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout_y))
     for number in range(count):
         stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
         decay = gl.load(decay_ptr + tile)
-        # n of the border that the walk comes from: before the tile, backward behind it
-        border = tile + 1 if BACKWARD else tile
-        n = gl.load(n_ptr + border * DQK + offs_k, mask=offs_k < DQK, other=0.0)[None, :]
         C_smem.store(C.to(gl.bfloat16))
         mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, BV]), b_smem.index(stage).reshape([BLOCK, BK])
@@ -770,6 +764,8 @@ def values_state_partition(
 
         y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
         C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
+        n = n_smem.index(stage)._reinterpret(gl.float32, [1, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(0)
+        n = n.load(gl.SliceLayout(0, layout_y))[None, :]
         if not BACKWARD:
             n = n * rows.index(7).load(gl.SliceLayout(1, layout_y))[:, None]  # delta
         mbarrier.wait(P_full.index(0), number & 1)
@@ -794,7 +790,7 @@ def values_state_partition(
 
 @gluon.jit
 def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, own_y_ptr, own_state_ptr, n_ptr, decay_ptr, first_ptr,
+    a_desc, b_desc, x_desc, own_desc, y_desc, n_desc, rows_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -808,7 +804,7 @@ def state_times_values_kernel(
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
     spans = (NT + SPAN - 1) // SPAN
     a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    own_smem, rows_smem = ring(own_desc, STAGES), ring(rows_desc, STAGES)
+    own_smem, n_smem, rows_smem = ring(own_desc, STAGES), ring(n_desc, STAGES), ring(rows_desc, STAGES)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
     weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
@@ -817,7 +813,9 @@ def state_times_values_kernel(
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
     fence_async_shared()
-    n_ptr, decay_ptr = n_ptr + bh * (NT + 1) * DQK, decay_ptr + bh * NT
+    decay_ptr += bh * NT
+    # n of the border that the walk comes from: before the tile, backward behind it
+    first_n = bh.to(gl.int32) * (NT + 1) + (1 if BACKWARD else 0)
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
     own_y_ptr += (tile_k * BH + bh) * T
@@ -828,7 +826,7 @@ def state_times_values_kernel(
             (
                 values_state_partition,
                 (
-                    y_desc, own_y_ptr, own_state_ptr, n_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
+                    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, n_smem,
                     rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
                     tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
@@ -843,14 +841,14 @@ def state_times_values_kernel(
             (
                 load_partition,
                 (
-                    a_desc, b_desc, x_desc, own_desc, None, rows_desc, a_smem, b_smem, x_smem, own_smem, None,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, first, count, NT,
+                    a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, first_n, first, count, NT,
                     BACKWARD, BLOCK, STAGES,
                 ),
             ),
         ],
         [4, 1],
-        [104, 24],
+        [112, 24],
     )  # fmt: skip
 
 
@@ -962,13 +960,13 @@ def dh_h_kernel(
                 load_partition,
                 (
                     dh_desc, k_desc, v_desc, q_desc, None, rows_desc, dh_smem, k_smem, v_smem, q_smem, None,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, first, count, NT, False,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, 0, first, count, NT, False,
                     BLOCK, STAGES,
                 ),
             ),
         ],
         [4, 1],
-        [104, 24],
+        [112, 24],
     )  # fmt: skip
 
 
@@ -1059,10 +1057,11 @@ def describe(x: Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 4))
 
 
-def describe_eight(x: Tensor, columns: int) -> TensorDescriptor:
-    """x (eights of rows, D), eight rows at a time: the rows, as they are, and the parts of n, for the matrix unit."""
+def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
+    """x (.., D), some rows at a time: numbers in float32 as they are, parts of n in bfloat16 for the matrix unit."""
+    x = x.view(-1, x.shape[-1])
     layout = gl.NVMMASharedLayout(0, 32, 2) if x.dtype == torch.float32 else gl.NVMMASharedLayout(128, 16, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [8, columns], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [number, columns], layout)
 
 
 def copy_engine_reads(x: Tensor) -> bool:
@@ -1086,34 +1085,42 @@ def values_options(DQK: int, DHV: int) -> dict:
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
 
-def span_of(x: Tensor, NT: int, tiles: int) -> int:
-    """Tiles in a span: a whole sequence, or less of it if its heads would leave multiprocessors without a program."""
-    if x.device.type == "meta":
+def span_of(q: Tensor, NT: int, tiles: int) -> int:
+    """Tiles in a span: the whole sequence, or less of it where multiprocessors would stay without a program."""
+    if q.device.type == "meta":
         return NT
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    spans = max(1, programs // (tiles * x.shape[0] * x.shape[1]))
-    return triton.cdiv(triton.cdiv(NT, spans), BORDER) * BORDER if spans > 1 else NT
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    spans = max(1, programs // (tiles * q.shape[0] * q.shape[1]))
+    return min(NT, triton.cdiv(triton.cdiv(NT, spans), BORDER) * BORDER)
 
 
 def starts_of_spans(
     k: Tensor, v: Tensor, rows: Tensor, decay: Tensor, first: Tensor | None, SPAN: int, *, backward: bool
 ) -> Tensor | None:
-    """The states C that the spans start from, (B, NH, spans, DQK, DHV); backward: dC where they end, of q and dh."""
+    """The states C that the spans start from, (B, NH, spans, DQK, DHV); backward: dC where they end, of q and dh.
+
+    For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
+    """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
-    NT = triton.cdiv(T, BLOCK)
-    SPANS = triton.cdiv(NT, SPAN)
+    NT, PIECE = triton.cdiv(T, BLOCK), max(BORDER, SPAN // 8)
+    SPANS, PIECES, PER_SPAN = triton.cdiv(NT, SPAN), triton.cdiv(NT, PIECE), SPAN // PIECE
     if SPANS == 1:
         return first
-    C = torch.empty(B, NH, SPANS, DQK, DHV, dtype=torch.float32, device=k.device)
-    decays = torch.empty(B, NH, SPANS, dtype=torch.float32, device=k.device)
-    spans_kernel[(triton.cdiv(DQK, 64) * triton.cdiv(DHV, 128), SPANS - 1, B * NH)](
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(B, NH, *shape, dtype=torch.float32, device=k.device)
+
+    C, decays, starts = empty(PIECES, DQK, DHV), empty(PIECES), empty(SPANS, DQK, DHV)
+    # The last span's pieces, backward the first one's, are not asked for.
+    needed = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN
+    pieces_kernel[(triton.cdiv(DQK, 128) * triton.cdiv(DHV, 128), needed, B * NH)](
         k, v, rows, decay, C, decays, *k.stride()[:3], *v.stride()[:3],
-        T, NT, NH, SPAN, DQK, DHV, backward, BLOCK, 64, 128, num_warps=4, num_stages=3,
+        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, 128, num_warps=8, num_stages=3,
     )  # fmt: skip
-    start_kernel[(triton.cdiv(DQK * DHV, 1024), B * NH)](
-        C, decays, first, SPANS, DQK * DHV, BACKWARD=backward, BLOCK_SIZE=1024
+    starts_kernel[(triton.cdiv(DQK * DHV, 1024), B * NH)](
+        C, decays, first, starts, PIECES, PER_SPAN, DQK * DHV, backward, 1024, num_warps=4
     )
-    return C
+    return starts
 
 
 def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -1150,17 +1157,14 @@ def launch_forward(
         return h, *(_empty_state(q, v) if C_0 is None else [x.clone() for x in state]), *saved
     rows, decay, n, S, borders = saved
     g, a = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64)
-    m, x = empty(B, NH, NT + 1), empty(B, NH, NT, DQK)
-    n_parts = empty(BH * NT * 8, DQK, dtype=torch.bfloat16)
-    gates = (*i.stride(), *f.stride())
-    summary_kernel[(NT * BH,)](
-        i, f, k, g, a, x, *gates, *k.stride()[:3], T, NT, NH, DQK, BLOCK, triton.next_power_of_2(DQK), num_warps=4
-    )
+    m, x, n_parts = empty(B, NH, NT + 1), empty(B, NH, NT, DQK), empty(BH * NT * 8, DQK, dtype=torch.bfloat16)
+    gates, groups = (*i.stride(), *f.stride()), triton.cdiv(NT, 8) * BH
+    summary_kernel[(groups,)](i, f, g, a, *gates, T, NT, NH, BLOCK, 8, num_warps=4)
     stabilizers_kernel[(BH,)](g, a, state[2], m, NT, 64, num_warps=1)
-    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](
-        g, a, m, decay, x, state[1], n, n_parts, NT, DQK, False, 32, 32, num_warps=4
-    )
-    rows_kernel[(triton.cdiv(NT, 8) * BH,)](i, f, m, rows, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4)
+    rows_kernel[(groups,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4)
+    BLOCK_DQK = triton.next_power_of_2(DQK)
+    sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, BLOCK_DQK, num_warps=4)
+    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](x, decay, state[1], n, n_parts, NT, DQK, False, 32, 32, num_warps=4)
 
     o = keys_options(DQK, DHV)
     tiles = triton.cdiv(DHV, o["BV"])
@@ -1168,8 +1172,8 @@ def launch_forward(
     starts = starts_of_spans(k, v, rows, decay, state[0], SPAN, backward=False)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles * triton.cdiv(NT, SPAN) * BH,)](
-        keys(q), keys(k), values(v), values(h), describe_eight(n_parts, o["BK"]), describe_eight(rows, BLOCK), decay,
-        starts, C_T, None, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
+        keys(q), keys(k), values(v), values(h), describe_rows(n_parts, 8, o["BK"]), describe_rows(rows, 8, BLOCK),
+        decay, starts, C_T, None, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
     return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), *saved
 
@@ -1195,7 +1199,7 @@ def launch_backward(
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
     forward_rows, rows = rows, torch.empty_like(rows)
     rows_backward_kernel[(triton.cdiv(NT, 8) * BH,)](forward_rows, S, rows, T, NT, BLOCK, 8, num_warps=4)
-    rows_ = describe_eight(rows, BLOCK)
+    rows_ = describe_rows(rows, 8, BLOCK)
 
     # dv, with <C, dC> at the borders and at the end
     o = keys_options(DQK, DHV)
@@ -1213,23 +1217,21 @@ def launch_backward(
     # dh . h, delta and dn
     p = values_options(DQK, DHV)
     tiles_k, starts = triton.cdiv(DQK, p["BK"]), C_0
-    if ends is not dC_T:  # the states that the spans start from are among those at the borders
+    if SPAN < NT:  # the states that the spans start from are among those at the borders
         starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
         starts[:, :, 0] = 0 if C_0 is None else C_0
     grid = (tiles_k * triton.cdiv(NT, SPAN) * BH,)
     keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
-    x, dn = torch.zeros(B, NH, NT, DQK, dtype=torch.float32, device=q.device), torch.empty_like(n)
     if not assume_norm:
         dh_h = empty(2 * tiles_k, B, NH, T)
         dh_h_kernel[grid](values(dh), keys(k), values(v), keys(q), rows_, dh_h, decay, starts, T, NT, NH, BH, SPAN, **p)
-        delta_kernel[(NT * BH,)](
-            q, forward_rows, rows, S, dh_h, x, *q.stride()[:3],
-            T, NT, NH, BH, DQK, 2 * tiles_k, BLOCK, triton.next_power_of_2(DQK), num_warps=4,
-        )  # fmt: skip
-    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](
-        None, None, None, decay, x, dn_T if dn_T is None else dn_T.contiguous(), dn, None, NT, DQK, True, 32, 32,
-        num_warps=4,
-    )  # fmt: skip
+        delta_kernel[(triton.cdiv(NT, 8) * BH,)](
+            forward_rows, rows, S, dh_h, T, NT, BH, 2 * tiles_k, BLOCK, 8, num_warps=4
+        )
+    x, dn, BLOCK_DQK = empty(B, NH, NT, DQK), torch.empty_like(n), triton.next_power_of_2(DQK)
+    sums_kernel[(NT * BH,)](q, rows, x, *q.stride()[:3], T, NT, NH, DQK, True, BLOCK, BLOCK_DQK, num_warps=4)
+    dn_T = None if dn_T is None else dn_T.contiguous()
+    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 32, 32, num_warps=4)
 
     # dq and dk
     q_dq, k_dk, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(3))
@@ -1238,8 +1240,8 @@ def launch_backward(
         (True, v, q, dh, k, dk, k_dk, k_dk_state, dn, ends),
     ):
         state_times_values_kernel[grid](
-            values(a), keys(b), values(x), keys(own), keys(y), rows_, own_y, own_state, vectors, decay, first,
-            T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
+            values(a), keys(b), values(x), keys(own), keys(y), describe_rows(vectors, 1, p["BK"]), rows_, own_y,
+            own_state, decay, first, T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
@@ -1254,7 +1256,7 @@ def launch_backward(
     dgates_kernel[(borders.shape[2] * BH,)](
         f, decay, n, dn, q_dq, k_dk, k_dk_state, carry, di_rest, df_bar_rest, di, df,
         *f.stride(), *di.stride(), *df.stride(),
-        T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, triton.next_power_of_2(DQK), num_warps=4,
+        T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, BLOCK_DQK, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0, dn_0, dm_0
 

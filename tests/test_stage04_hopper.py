@@ -31,8 +31,9 @@ def make(*sizes, dtype=BFLOAT16, **options):
     return properties.make(*sizes, dtype=dtype, **options)
 
 
-# Heads that fill their tiles and heads that do not: 8 and 72 columns leave most or nearly half of one empty.
-HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
+# Heads that fill their tiles and heads that do not. With less than 32 columns, what is left of the differences that the
+# normalizer's gradient consists of says nothing in 16 bits (see properties.cases).
+HEADS = [(32, 32), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,8 +45,8 @@ HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256
 @pytest.mark.parametrize("regime", ["typical", "initial", "shut", "resets"])
 def test_equals_the_chunkwise_form(DQK, DHV, regime, T):
     """One tile, many tiles, several stored states; the last tile full or cut; documents that end anywhere."""
-    if T == 1 and DQK * DHV < 64 * 64:
-        T = 64  # few columns of one step: what is left of differences says nothing in 16 bits
+    if T == 1:
+        T = 64  # a single step: h is its v, and gradients through it vanish
     properties.compare_with_chunkwise(mlstm_hopper, 2, 4, T, DQK, DHV, dtype=BFLOAT16, regime=regime)
 
 
@@ -162,10 +163,11 @@ def test_passes_around_the_walks(regime, with_state):
     x, n, decay, rows = empty(B, NH, NT, DQK), empty(B, NH, NT + 1, DQK), empty(B, NH, NT), empty(BH * NT * 8, BLOCK)
     parts = empty(BH * NT * 8, DQK, dtype=torch.float32 if INTERPRETED else torch.bfloat16)
     gates = (*i.stride(), *f.stride())
-    stage.summary_kernel[(NT * BH,)](i, f, k, g, a, x, *gates, *k.stride()[:3], T, NT, NH, DQK, BLOCK, 8)
+    stage.summary_kernel[(-(-NT // 4) * BH,)](i, f, g, a, *gates, T, NT, NH, BLOCK, 4)
     stage.stabilizers_kernel[(BH,)](g, a, m_0, m, NT, 4)
-    stage.vectors_kernel[(BH,)](g, a, m, decay, x, n_0, n, parts, NT, DQK, False, 4, 8)
-    stage.rows_kernel[(-(-NT // 4) * BH,)](i, f, m, rows, *gates, T, NT, NH, DQK**-0.5, BLOCK, 4)
+    stage.rows_kernel[(-(-NT // 4) * BH,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 4)
+    stage.sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, 8)
+    stage.vectors_kernel[(BH,)](x, decay, n_0, n, parts, NT, DQK, False, 4, 8)
     if not INTERPRETED:  # the interpreter cannot round to bfloat16
         n_again = parts.view(B, NH, NT, 8, DQK).double()
         torch.testing.assert_close(n_again[..., :2, :].sum(3), n[:, :, :-1].double(), rtol=1e-4, atol=1e-30)
@@ -187,11 +189,10 @@ def test_passes_around_the_walks(regime, with_state):
     C_dh = dh_ @ C[:, :, :-1].mT
     tile_part = ((q @ k.mT) * (dh_ @ v.mT) * Wr).sum(-1)
     dh_h = torch.stack([tile_part, w_read * (q * C_dh).sum(-1)]).flatten(3)[..., :T].float().contiguous()
-    stage.delta_kernel[(NT * BH,)](
-        inputs.q, rows, new_rows, S_, dh_h, x, *inputs.q.stride()[:3], T, NT, NH, BH, DQK, 2, BLOCK, 8
-    )
+    stage.delta_kernel[(-(-NT // 4) * BH,)](rows, new_rows, S_, dh_h, T, NT, BH, 2, BLOCK, 4)
+    stage.sums_kernel[(NT * BH,)](inputs.q, new_rows, x, *inputs.q.stride()[:3], T, NT, NH, DQK, True, BLOCK, 8)
     delta, dn = unpack(new_rows, B, NH, NT)[-1], torch.empty_like(n)
-    stage.vectors_kernel[(BH,)](None, None, None, decay, x, dn_T, dn, None, NT, DQK, True, 4, 8)
+    stage.vectors_kernel[(BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 4, 8)
     dC = [torch.zeros_like(C[:, :, 0]) if dC_T is None else dC_T.double()]
     for c in reversed(range(NT)):
         dC.insert(0, decay[:, :, c, None, None] * dC[0] + (w_read[:, :, c, :, None] * q[:, :, c]).mT @ dh_[:, :, c])
@@ -240,19 +241,19 @@ def test_passes_around_the_walks(regime, with_state):
 @pytest.mark.parametrize("with_state", [True, False])
 def test_spans(BACKWARD, with_state):
     """The state that each span starts from, against a walk over all tiles; the last span is cut."""
-    B, NH, NT, SPAN, DQK, DHV, BLOCK = 1, 2, 7, 2, 8, 16, stage.BLOCK
+    B, NH, NT, SPAN, DQK, DHV, BLOCK = 1, 2, 2 * 16 + 11, 16, 8, 16, stage.BLOCK
     T = NT * BLOCK - 20
     k, v = (torch.randn(B, NH, T, D, device=DEVICE) for D in (DQK, DHV))
     rows, decay = torch.rand(B * NH * NT * 8, BLOCK, device=DEVICE), torch.rand(B, NH, NT, device=DEVICE)
     first = torch.randn(B, NH, DQK, DHV, device=DEVICE) if with_state else None
     starts = stage.starts_of_spans(k, v, rows, decay, first, SPAN, backward=BACKWARD)
-    assert starts.shape == (B, NH, 4, DQK, DHV)
+    assert starts.shape == (B, NH, 3, DQK, DHV)
     w = rows.view(B, NH, NT, 8, BLOCK)[:, :, :, 5 if BACKWARD else 6].double()
     k, v = in_tiles(k, NT), in_tiles(v, NT)
     C = torch.zeros(B, NH, DQK, DHV, dtype=torch.float64, device=DEVICE) if first is None else first.double()
     for n in range(NT):
         tile = NT - 1 - n if BACKWARD else n
-        if tile in (1, 3, 5, 6) if BACKWARD else tile % SPAN == 0:
+        if tile in (15, 31, NT - 1) if BACKWARD else tile % SPAN == 0:
             torch.testing.assert_close(starts[:, :, tile // SPAN].double(), C, rtol=1e-2, atol=1e-2)
         C = decay[:, :, tile, None, None] * C + (w[:, :, tile, :, None] * k[:, :, tile]).mT @ v[:, :, tile]
 
@@ -352,7 +353,8 @@ def test_gates_in_either_dtype(gate_dtype):
 def test_opcheck(with_state):
     """PyTorch's own test of a registered operation: schema, fake kernel, autograd registration, tracing."""
     inputs, _, state, _ = make(1, 2, 40, 8, 8)
-    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), state[0] if with_state else None))
+    parts = state if with_state else (None,) * 3
+    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), *parts, False))
 
 
 @ON_HOPPER
@@ -452,7 +454,7 @@ MUTANTS = [
     ("log_w_state = tl.where(start < 0, b + m_first, -float(\"inf\"))", "log_w_state = b + m_first"),
     ("w_end = tl.where(offs_l >= start_last, tl.exp((g + u - m_last).to(tl.float32)), 0.0)",
      "w_end = tl.exp((g + u - m_last).to(tl.float32))"),
-    ("tl.where(start < 0, g, -float(\"inf\"))", "g"),
+    ("tl.where(tl.max(start, axis=1) < 0, g, -float(\"inf\"))", "g"),
     # weights, normalizer
     ("exponent + rest, -float", "exponent, -float"),
     ("read = read * r_smem", "read = read + 0.0 * r_smem"),
@@ -464,7 +466,7 @@ MUTANTS = [
     ("scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]", "scores += 0.0"),
     ("scores += rows.index(7).load(gl.SliceLayout(1, layout))[:, None]", "scores += 0.0"),
     ("tl.where(S > 0, -dh_h, dh_h)", "-dh_h"),
-    ("tl.sum(q * weight[:, None], axis=0)[None, :]", "0.0 * tl.sum(q * weight[:, None], axis=0)[None, :]"),
+    ("w = tl.load(rows_ptr + 5 * BLOCK) * tl.load(rows_ptr + 7 * BLOCK)", "w = 0.0 * tl.load(rows_ptr + 7 * BLOCK)"),
     # gradients of the gates, and states
     ("gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0)",
      "gl.sum(gl.sum(border.to(gl.float32) * 0.0, axis=1), axis=0)"),
