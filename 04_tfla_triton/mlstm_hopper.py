@@ -719,8 +719,8 @@ def state_times_keys_kernel(
                 load_partition,
                 (
                     a_desc, b_desc, x_desc, None, n_desc, rows_desc, a_smem, b_smem, x_smem, None, n_smem, rows_smem,
-                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, bh.to(gl.int32) * NT * 8, first, count, NT,
-                    BACKWARD, BLOCK, STAGES,
+                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, bh.to(gl.int32) * NT * 8, first,
+                    count, NT, BACKWARD, BLOCK, STAGES,
                 ),
             ),
         ],
