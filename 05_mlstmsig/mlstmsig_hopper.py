@@ -12,6 +12,7 @@ written and read again, and everything comes from memory once. Of a tile, with P
     and once more for the gradient of the queries:  dQ = w_read * (dH C^T) + dP K
 
 So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
+It is mlstm_hopper.py of stage 04 without stabilizers and normalizer.
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
 
@@ -19,11 +20,17 @@ The warps of a program have different jobs ("warp specialization") and wait for 
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
     state    the others: keep the state in their registers, multiply with it, and add to it
 
+Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
+same time: pieces_kernel computes what the pieces of a span add to the state, starts_kernel what each span starts from.
+
 Glossary (name in code = symbol = shape):
     b        sum of log sigmoid(f) since the tile began, without resets
-    gates    of each tile of 64 steps eight rows in float32: log2 of s e^b; log2 of sigmoid(i) e^-b; start and end,
-             where in the tile step i's document begins and step j's ends; w_read = s e^b; w_end = sigmoid(i) e^(g - b)
-             with g the last b; decay = e^g; an empty row                     (B * NH * tiles * 8, 64)
+    rows     of each tile eight rows of 64 steps in float32                   (B * NH * tiles * 8, 64)
+               0, 1  log2 of s e^b, and of sigmoid(i) e^-b
+               2, 3  start, end: where in the tile step i's document begins, and where step j's ends
+               5     w_read: s e^b, weight of the tile's first state
+               6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
+    decay    e^g of each tile                                                 (B, NH, tiles)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
     borders  C^T as every 8th tile finds it, for the gradients of the gates   (B, NH, borders, DHV, DQK)  bfloat16
 
@@ -81,6 +88,7 @@ def later(start_1, start_2):
     return tl.maximum(start_1, start_2)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::sooner
 @triton.jit
 def sooner(end_1, end_2):
     return tl.minimum(end_1, end_2)
@@ -94,12 +102,12 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def gates_kernel(
-    i_ptr, f_ptr, gates_ptr,
+def rows_kernel(
+    i_ptr, f_ptr, rows_ptr, decay_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     T, NT, NH, s, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The rows of gates of some tiles, side by side. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
+    """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
     groups = tl.cdiv(NT, TILES)
     bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     tile = group * TILES + tl.arange(0, TILES)
@@ -123,32 +131,128 @@ def gates_kernel(
     decay = tl.where(start_last < 0, tl.exp(g.to(tl.float32)), 0.0)
     log_s = tl.log(tl.full((), 1.0, dtype=tl.float64) * s)
 
-    row, mask = gates_ptr + (bh * NT + tile[:, None]) * 8 * BLOCK + offs_l, tile[:, None] < NT
+    row, mask = rows_ptr + (bh * NT + tile[:, None]) * 8 * BLOCK + offs_l, tile[:, None] < NT
     tl.store(row, ((log_s + b) * LOG2_E).to(tl.float32), mask=mask)
     tl.store(row + BLOCK, (u * LOG2_E).to(tl.float32), mask=mask)
     tl.store(row + 2 * BLOCK, start.to(tl.float32), mask=mask)
     tl.store(row + 3 * BLOCK, end.to(tl.float32), mask=mask)
-    tl.store(row + 4 * BLOCK, w_read, mask=mask)
-    tl.store(row + 5 * BLOCK, w_end, mask=mask)
-    tl.store(row + 6 * BLOCK, decay + tl.zeros_like(w_end), mask=mask)
-    tl.store(row + 7 * BLOCK, tl.zeros_like(w_end), mask=mask)
+    tl.store(row + 5 * BLOCK, w_read, mask=mask)
+    tl.store(row + 6 * BLOCK, w_end, mask=mask)
+    tl.store(decay_ptr + bh * NT + tile[:, None], decay, mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spans of few sequences, in plain Triton
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 04_tfla_triton/mlstm_hopper.py::pieces_kernel
+@triton.jit
+def pieces_kernel(
+    k_ptr, v_ptr, rows_ptr, decay_ptr, C_ptr, decays_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    T, NT, NH, PIECE, first, DQK, DHV, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
+    BLOCK_DHV: tl.constexpr,
+):  # fmt: skip
+    """What PIECE tiles make of an empty state, and the product of their decays. Grid: tiles of C, pieces, B * NH."""
+    tiles_v, pieces = tl.cdiv(DHV, BLOCK_DHV), tl.cdiv(NT, PIECE)
+    tile_k, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
+    piece, bh = first + tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
+    k_ptr, v_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh), head(v_ptr, bh, NH, stride_vb, stride_vh)
+    WRITE: tl.constexpr = 5 if BACKWARD else 6
+    C = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
+    decays = tl.full((), 1.0, dtype=tl.float32)
+    tiles = tl.minimum(PIECE, NT - piece * PIECE)
+    for n in range(tiles):
+        tile = piece * PIECE + (tiles - 1 - n if BACKWARD else n)
+        offs_t = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        mask = (offs_t < T)[:, None]
+        k_rows, v_rows = k_ptr + offs_t[:, None] * stride_kt, v_ptr + offs_t[:, None] * stride_vt
+        k = tl.load(k_rows + offs_k[None, :], mask=mask & (offs_k < DQK)[None, :], other=0.0)
+        v = tl.load(v_rows + offs_v[None, :], mask=mask & (offs_v < DHV)[None, :], other=0.0)
+        w = tl.load(rows_ptr + ((bh * NT + tile) * 8 + WRITE) * BLOCK + tl.arange(0, BLOCK))
+        decay = tl.load(decay_ptr + bh * NT + tile)
+        k = (k.to(tl.float32) * w[:, None]).to(v.dtype)
+        C, decays = tl.dot(tl.trans(k), v, C * decay), decays * decay
+    if tl.program_id(0) == 0:
+        tl.store(decays_ptr + bh * pieces + piece, decays)
+    C_ptr += (bh * pieces + piece) * DQK * DHV + offs_k[:, None] * DHV + offs_v[None, :]
+    tl.store(C_ptr, C, mask=(offs_k < DQK)[:, None] & (offs_v < DHV)[None, :])
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::starts_kernel
+@triton.jit
+def starts_kernel(
+    C_ptr, decays_ptr, first_ptr, start_ptr, PIECES, PER_SPAN, SIZE, BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """The state that each span of PER_SPAN pieces, the last one of less, starts from. Grid: entries of C, B * NH."""
+    bh, spans = tl.program_id(1).to(tl.int64), tl.cdiv(PIECES, PER_SPAN)
+    offs = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    C = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
+    if first_ptr is not None:
+        C = tl.load(first_ptr + bh * SIZE + offs, mask=offs < SIZE, other=0.0)
+    first = (spans - 1) * PER_SPAN if BACKWARD else 0
+    tl.store(start_ptr + (bh * spans + first // PER_SPAN) * SIZE + offs, C, mask=offs < SIZE)
+    if BACKWARD:
+        for n in range(PIECES - PER_SPAN):
+            piece = PIECES - 1 - n
+            own = tl.load(C_ptr + (bh * PIECES + piece) * SIZE + offs, mask=offs < SIZE, other=0.0)
+            C = C * tl.load(decays_ptr + bh * PIECES + piece) + own
+            if piece % PER_SPAN == 0:
+                tl.store(start_ptr + (bh * spans + piece // PER_SPAN - 1) * SIZE + offs, C, mask=offs < SIZE)
+    else:
+        for piece in range((spans - 1) * PER_SPAN):
+            own = tl.load(C_ptr + (bh * PIECES + piece) * SIZE + offs, mask=offs < SIZE, other=0.0)
+            C = C * tl.load(decays_ptr + bh * PIECES + piece) + own
+            if (piece + 1) % PER_SPAN == 0:
+                tl.store(start_ptr + (bh * spans + (piece + 1) // PER_SPAN) * SIZE + offs, C, mask=offs < SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of both kernels. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
 # exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
 # ---------------------------------------------------------------------------------------------------------------------
+# same as 04_tfla_triton/mlstm_hopper.py::tile_at
 @gluon.jit
-def tile_at(n, NT, BACKWARD: gl.constexpr):
-    """The tile that comes n-th."""
-    return NT - 1 - n if BACKWARD else n
+def tile_at(n, first, count, BACKWARD: gl.constexpr):
+    """The tile that comes n-th in a span of `count` tiles."""
+    return first + (count - 1 - n) if BACKWARD else first + n
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::tile_rows
 @gluon.jit
-def gate_rows(gates_smem, stage, BLOCK: gl.constexpr):
-    """The rows of gates in a buffer, each a vector in plain order."""
+def tile_rows(rows_smem, stage, BLOCK: gl.constexpr):
+    """The rows in a buffer, each a vector in plain order."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gates_smem.index(stage)._reinterpret(gl.float32, [8, BLOCK], layout)
+    return rows_smem.index(stage)._reinterpret(gl.float32, [8, BLOCK], layout)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::load_partition
+@gluon.jit
+def load_partition(
+    a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem,
+    full, empty, batch, head_, bh, first_b, first_x, first_n, first, count, NT,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
+    size: gl.constexpr = a_desc.block_type.nbytes + b_desc.block_type.nbytes + x_desc.block_type.nbytes
+    own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
+    n_size: gl.constexpr = 0 if n_desc is None else n_desc.block_type.nbytes
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        mbarrier.wait(empty.index(stage), (number // STAGES & 1) ^ 1)
+        barrier = full.index(stage)
+        mbarrier.expect(barrier, size + own_size + n_size + rows_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(rows_desc, [(bh * NT + tile) * 8, 0], barrier, rows_smem.index(stage))
+        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
+        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_b], barrier, b_smem.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_x], barrier, x_smem.index(stage))
+        if own_desc is not None:
+            tma.async_copy_global_to_shared(
+                own_desc, [batch, head_, tile * BLOCK, first_b], barrier, own_smem.index(stage)
+            )
+        if n_desc is not None:
+            row = first_n + tile * n_desc.block_type.shape[0]
+            tma.async_copy_global_to_shared(n_desc, [row, first_b], barrier, n_smem.index(stage))
 
 
 @gluon.jit
@@ -173,26 +277,27 @@ def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layou
 
 @gluon.jit
 def scores_partition(
-    a_smem, b_smem, gates_smem, P_smem, full, empty, P_full, P_empty,
-    NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty,
+    count, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16, for the state's warps."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
-    for n in range(NT):
-        stage, P_stage = n % STAGES, n % P_STAGES
-        mbarrier.wait(full.index(stage), n // STAGES & 1)
+    for number in range(count):
+        stage, P_stage = number % STAGES, number % P_STAGES
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
         scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        P = apply_gates(scores, gate_rows(gates_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
-        mbarrier.wait(P_empty.index(P_stage), (n // P_STAGES & 1) ^ 1)
+        P = apply_gates(scores, tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
+        mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::weighted_keys
 @gluon.jit
 def weighted_keys(b, weight):
     """The rows of a tile in shared memory times their weights, in bfloat16, in registers."""
@@ -202,6 +307,7 @@ def weighted_keys(b, weight):
     return (b.load(layout).to(gl.float32) * weight).to(gl.bfloat16)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::load_state
 @gluon.jit
 def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
     """A tile of C^T (BV x BK) from C (DQK x DHV) in float32; 0 outside of it, or where there is none."""
@@ -213,85 +319,75 @@ def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constex
         return gl.load(ptr + k * DHV + v, mask=(v < DHV) & (k < DQK), other=0.0)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::new_barriers
 @gluon.jit
-def store_state(ptr, C, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
-    """C (DQK x DHV) = its tile of C^T, in float32."""
-    v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
-    k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
-    gl.store(ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
-
-
-@gluon.jit
-def new_barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(count):
-        mbarrier.init(barriers.index(number), count=arrivals)
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(number):
+        mbarrier.init(barriers.index(index), count=arrivals)
     return barriers
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::ring
 @gluon.jit
 def ring(descriptor, STAGES: gl.constexpr):
     return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::program_of_span
+@gluon.jit
+def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
+    """(tile of the head dimension, head, its batch entry and number there, first tile of the span, how many tiles)."""
+    spans = (NT + SPAN - 1) // SPAN
+    tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
+    bh, first = (program // spans).to(gl.int64), program % spans * SPAN
+    return tile, bh, (bh // NH).to(gl.int32), (bh % NH).to(gl.int32), first, gl.minimum(SPAN, NT - first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # h and dv
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
-def keys_load_partition(
-    a_desc, b_desc, x_desc, gates_desc, a_smem, b_smem, x_smem, gates_smem, full, empty,
-    batch, head_, bh, first_v, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
-    for n in range(NT):
-        stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
-        mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
-        barrier = full.index(stage)
-        size: gl.constexpr = a_desc.block_type.nbytes + b_desc.block_type.nbytes + x_desc.block_type.nbytes
-        mbarrier.expect(barrier, size + gates_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(gates_desc, [(bh * NT + tile) * 8, 0], barrier, gates_smem.index(stage))
-        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
-        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, 0], barrier, b_smem.index(stage))
-        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_v], barrier, x_smem.index(stage))
-
-
-@gluon.jit
 def keys_state_partition(
-    y_desc, gates_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, gates_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
-    batch, head_, bh, first_v, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr,
-    DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
-    P_STAGES: gl.constexpr,
+    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr,
+    a_smem, b_smem, x_smem, rows_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
+    batch, head_, first_v, first, count, NT,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Keeps a tile of C^T (BV x BK) in registers, where a matrix product can read its left operand."""
     WARPS: gl.constexpr = gl.num_warps()
     layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
-    READ: gl.constexpr = 5 if BACKWARD else 4  # the rows of gates with the weights for reading from the state,
-    WRITE: gl.constexpr = 4 if BACKWARD else 5  # and for adding to it
+    READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
+    WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
     C = load_state(first_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
     zero = gl.zeros([BV, BLOCK], gl.float32, layout=layout_y)
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
     inside = (v < DHV) & (k < DQK)
-    for n in range(NT):
-        stage, P_stage, tile = n % STAGES, n % P_STAGES, tile_at(n, NT, BACKWARD)
-        decay = gl.load(gates_ptr + ((bh * NT + tile) * 8 + 6) * BLOCK)
+    if end_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
+        if first + count == NT:  # <C, dC> at the end of the sequence
+            C_T = load_state(end_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+            gl.store(carry_ptr + (NT + BORDER - 1) // BORDER, gl.sum(gl.sum(C_T * C, axis=1), axis=0))
+    for number in range(count):
+        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
+        decay = gl.load(decay_ptr + tile)
         if not BACKWARD and tile % BORDER == 0:
             gl.store(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, C.to(gl.bfloat16), mask=inside)
         C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
-        mbarrier.wait(full.index(stage), n // STAGES & 1)
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
         x = x_smem.index(stage).reshape([BLOCK, BV]).permute((1, 0))
-        rows = gate_rows(gates_smem, stage, BLOCK)
+        rows = tile_rows(rows_smem, stage, BLOCK)
 
         y = warpgroup_mma(C_operand, a.permute((1, 0)), zero, use_acc=False, is_async=True)  # (BV, BLOCK)
         weighted_smem.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
         fence_async_shared()
         read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
         C = C * decay
-        mbarrier.wait(P_full.index(P_stage), n // P_STAGES & 1)
+        mbarrier.wait(P_full.index(P_stage), number // P_STAGES & 1)
         y = warpgroup_mma_wait(0, deps=[y])
         y = warpgroup_mma(x, P_smem.index(P_stage).permute((1, 0)), y * read, is_async=True)
         C = warpgroup_mma(x, weighted_smem, C, is_async=True)
@@ -307,26 +403,27 @@ def keys_state_partition(
             border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
             gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
     tma.store_wait(0)
-    store_state(last_ptr, C, first_v, 0, DQK, DHV, BV, BK, layout_C)
+    if (first == 0) if BACKWARD else (first + count == NT):
+        gl.store(last_ptr + k * DHV + v, C, mask=inside)
 
 
 @gluon.jit
 def state_times_keys_kernel(
-    a_desc, b_desc, x_desc, y_desc, gates_desc, gates_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
-    NT, NH, BH, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
+    a_desc, b_desc, x_desc, y_desc, rows_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr,
+    NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
     DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y. Grid: (tiles of DHV) * B * NH.
+    """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
-    forward     A, B, X, Y = Q, K, V, H: also stores C at every BORDER-th tile
-    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also forms the tile's part of <C, dC> at these borders
+    Grid: (tiles of DHV) * spans * B * NH.
+    forward     A, B, X, Y = Q, K, V, H: also C at every BORDER-th tile
+    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders and at the end
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
-    tile_v, bh = gl.program_id(0) % TILES, (gl.program_id(0) // TILES).to(gl.int64)
-    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
-    borders = (NT + BORDER - 1) // BORDER
+    tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
+    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
     a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    gates_smem = ring(gates_desc, STAGES)
+    rows_smem = ring(rows_desc, STAGES)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled)
     weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
@@ -334,39 +431,41 @@ def state_times_keys_kernel(
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
     fence_async_shared()
-    if first_ptr is not None:
-        first_ptr += bh * DQK * DHV
-    last_ptr += bh * DQK * DHV
+    decay_ptr, last_ptr = decay_ptr + bh * NT, last_ptr + bh * DQK * DHV
     border_ptr += bh * borders * DQK * DHV
+    if first_ptr is not None:
+        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+    if end_ptr is not None:
+        end_ptr += bh * DQK * DHV
     if carry_ptr is not None:
-        carry_ptr += (tile_v * BH + bh) * borders
+        carry_ptr += (tile_v * BH + bh) * (borders + 1)
     gl.warp_specialize(
         [
             (
                 keys_state_partition,
                 (
-                    y_desc, gates_ptr, first_ptr, last_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, gates_smem,
-                    P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_, bh, tile_v * BV, NT,
-                    BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
+                    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
+                    rows_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_, tile_v * BV,
+                    first, count, NT, BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
                 ),
             ),
             (
                 scores_partition,
                 (
-                    a_smem, b_smem, gates_smem, P_smem, full, empty, P_full, P_empty, NT, BACKWARD, BLOCK, BK, STAGES,
-                    P_STAGES,
+                    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK, BK,
+                    STAGES, P_STAGES,
                 ),
             ),
             (
-                keys_load_partition,
+                load_partition,
                 (
-                    a_desc, b_desc, x_desc, gates_desc, a_smem, b_smem, x_smem, gates_smem, full, empty, batch, head_,
-                    bh.to(gl.int32), tile_v * BV, NT, BACKWARD, BLOCK, STAGES,
+                    a_desc, b_desc, x_desc, None, None, rows_desc, a_smem, b_smem, x_smem, None, None, rows_smem, full,
+                    empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, 0, first, count, NT, BACKWARD, BLOCK, STAGES,
                 ),
             ),
         ],
         [4, 1],
-        [104, 24],
+        [112, 24],
     )  # fmt: skip
 
 
@@ -374,48 +473,30 @@ def state_times_keys_kernel(
 # dq and dk
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
-def values_load_partition(
-    a_desc, b_desc, x_desc, own_desc, gates_desc, a_smem, b_smem, x_smem, own_smem, gates_smem, full, empty,
-    batch, head_, bh, first_k, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """As keys_load_partition, with the rows that y is multiplied with for the gates."""
-    for n in range(NT):
-        stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
-        mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
-        barrier = full.index(stage)
-        size: gl.constexpr = a_desc.block_type.nbytes + x_desc.block_type.nbytes + 2 * b_desc.block_type.nbytes
-        mbarrier.expect(barrier, size + gates_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(gates_desc, [(bh * NT + tile) * 8, 0], barrier, gates_smem.index(stage))
-        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
-        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, 0], barrier, x_smem.index(stage))
-        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_k], barrier, b_smem.index(stage))
-        tma.async_copy_global_to_shared(own_desc, [batch, head_, tile * BLOCK, first_k], barrier, own_smem.index(stage))
-
-
-@gluon.jit
 def values_state_partition(
-    y_desc, own_y_ptr, own_state_ptr, gates_ptr, first_ptr,
-    a_smem, b_smem, x_smem, own_smem, gates_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty,
-    batch, head_, bh, first_k, T, NT, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr,
-    DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    a_smem, b_smem, x_smem, own_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full,
+    P_empty, batch, head_, first_k, first, count, T,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
+    BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Keeps a tile of C^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
     WARPS: gl.constexpr = gl.num_warps()
     layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
-    READ: gl.constexpr = 5 if BACKWARD else 4
-    WRITE: gl.constexpr = 4 if BACKWARD else 5
+    READ: gl.constexpr = 6 if BACKWARD else 5
+    WRITE: gl.constexpr = 5 if BACKWARD else 6
     C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
     zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
-    for n in range(NT):
-        stage, tile = n % STAGES, tile_at(n, NT, BACKWARD)
-        decay = gl.load(gates_ptr + ((bh * NT + tile) * 8 + 6) * BLOCK)
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        decay = gl.load(decay_ptr + tile)
         C_smem.store(C.to(gl.bfloat16))
-        mbarrier.wait(full.index(stage), n // STAGES & 1)
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, BV]), b_smem.index(stage).reshape([BLOCK, BK])
         x, own = x_smem.index(stage).reshape([BLOCK, BV]), own_smem.index(stage).reshape([BLOCK, BK])
-        rows = gate_rows(gates_smem, stage, BLOCK)
+        rows = tile_rows(rows_smem, stage, BLOCK)
         weighted_smem.store(weighted_keys(b, rows.index(WRITE)))
         fence_async_shared()
         C = C * decay
@@ -423,7 +504,7 @@ def values_state_partition(
 
         y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
         C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
-        mbarrier.wait(P_full.index(0), n & 1)
+        mbarrier.wait(P_full.index(0), number & 1)
         y = warpgroup_mma_wait(1, deps=[y]) * read
         offs_t = tile * BLOCK + offs_l
         if BACKWARD:
@@ -445,20 +526,21 @@ def values_state_partition(
 
 @gluon.jit
 def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, own_y_ptr, own_state_ptr, gates_desc, gates_ptr, first_ptr,
-    T, NT, NH, BH, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Y = read * (A C^T) + P B, C <- decay C + (write * B)^T X, P = A X^T * Wr. Grid: (tiles of DQK) * B * NH.
+    """Y = read * (A C^T) + P B, C <- decay C + (write * B)^T X, P = A X^T * Wr, for BK columns of B and Y.
 
+    Grid: (tiles of DQK) * spans * B * NH.
     forward     A, B, X, Y = dH, K, V, dQ: also q . dq
-    backward    A, B, X, Y = V, Q, dH, dK, and C is dC: also k . dk, and the part of it that comes from the state
+    backward    A, B, X, Y = V, Q, dH, dK, and C is dC: also k . dk, and the part of it from the state
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
-    tile_k, bh = gl.program_id(0) % TILES, (gl.program_id(0) // TILES).to(gl.int64)
-    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
+    tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
+    spans = (NT + SPAN - 1) // SPAN
     a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    own_smem, gates_smem = ring(own_desc, STAGES), ring(gates_desc, STAGES)
+    own_smem, rows_smem = ring(own_desc, STAGES), ring(rows_desc, STAGES)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
     weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
@@ -467,8 +549,9 @@ def state_times_values_kernel(
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
     fence_async_shared()
+    decay_ptr += bh * NT
     if first_ptr is not None:
-        first_ptr += bh * DQK * DHV
+        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
     own_y_ptr += (tile_k * BH + bh) * T
     if own_state_ptr is not None:
         own_state_ptr += (tile_k * BH + bh) * T
@@ -477,28 +560,29 @@ def state_times_values_kernel(
             (
                 values_state_partition,
                 (
-                    y_desc, own_y_ptr, own_state_ptr, gates_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
-                    gates_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_, bh,
-                    tile_k * BK, T, NT, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
+                    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
+                    rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
+                    tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
             ),
             (
                 scores_partition,
                 (
-                    a_smem, x_smem, gates_smem, P_smem, full, empty, P_full, P_empty, NT, BACKWARD, BLOCK, BV, STAGES,
-                    1,
+                    a_smem, x_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK,
+                    BV, STAGES, 1,
                 ),
             ),
             (
-                values_load_partition,
+                load_partition,
                 (
-                    a_desc, b_desc, x_desc, own_desc, gates_desc, a_smem, b_smem, x_smem, own_smem, gates_smem, full,
-                    empty, batch, head_, bh.to(gl.int32), tile_k * BK, NT, BACKWARD, BLOCK, STAGES,
+                    a_desc, b_desc, x_desc, own_desc, None, rows_desc, a_smem, b_smem, x_smem, own_smem, None,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, 0, first, count, NT,
+                    BACKWARD, BLOCK, STAGES,
                 ),
             ),
         ],
         [4, 1],
-        [104, 24],
+        [112, 24],
     )  # fmt: skip
 
 
@@ -512,6 +596,7 @@ def sigmoid_minus(x):
     return tl.exp(tl.minimum(-x, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::one_after_the_other
 @triton.jit
 def one_after_the_other(a_1, b_1, a_2, b_2):
     """Of two maps x -> a x + b: the second one of what the first one gives."""
@@ -520,7 +605,7 @@ def one_after_the_other(a_1, b_1, a_2, b_2):
 
 @triton.jit
 def dgates_kernel(
-    i_ptr, f_ptr, gates_ptr, q_dq_ptr, k_dk_ptr, k_dk_state_ptr, carry_ptr, carry_T_ptr, di_ptr, df_ptr,
+    i_ptr, f_ptr, decay_ptr, q_dq_ptr, k_dk_ptr, k_dk_state_ptr, carry_ptr, di_ptr, df_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
     T, NT, NH, BH, TILES_K, TILES_V, BORDER: tl.constexpr, BLOCK: tl.constexpr,
@@ -555,22 +640,20 @@ def dgates_kernel(
         to_h, to_state, di_bar = to_h + (q_dq - (k_dk - k_dk_state)), to_state + k_dk_state, di_bar + k_dk
     before, after = tl.full((), 0.0, dtype=tl.float32), tl.full((), 0.0, dtype=tl.float32)
     for tile_v in range(TILES_V):
-        carry = carry_ptr + (tile_v * BH + bh) * borders + c
-        before += tl.load(carry)
-        after += tl.load(carry + 1, mask=c + 1 < borders, other=0.0)
-    if carry_T_ptr is not None:
-        after += tl.load(carry_T_ptr + bh, mask=c + 1 == borders, other=0.0)
+        carry = carry_ptr + (tile_v * BH + bh) * (borders + 1) + c
+        before, after = before + tl.load(carry), after + tl.load(carry + 1)
 
-    decay = tl.load(gates_ptr + ((bh * NT + tile) * 8 + 6) * BLOCK, mask=tile < NT, other=1.0)
+    decay = tl.load(decay_ptr + bh * NT + tile, mask=tile < NT, other=1.0)
     keep = tl.where(tile < NT, decay * decay / (decay * decay + 2.0**-20), 1.0)  # past T everything passes
     all_h, all_state = tl.sum(to_h, axis=1), tl.sum(to_state, axis=1)
     a, b = tl.associative_scan((keep, all_state - keep * all_h), 0, one_after_the_other)
     from_before = a * before + b - all_state
     a, b = tl.associative_scan((keep, all_h - keep * all_state), 0, one_after_the_other, reverse=True)
     from_after = a * after + b - all_h
-    squares_h, squares_state = all_h * all_h, all_state * all_state
-    error_before = tl.cumsum(squares_h + squares_state, 0) - squares_state
-    error_after = tl.cumsum(squares_h + squares_state, 0, reverse=True) - squares_h
+    # Of a pass found from before: what was summed up in the tiles before, and to_h of the tile. Likewise from behind.
+    squares = all_h * all_h + all_state * all_state
+    error_before = tl.cumsum(squares, 0) - squares + all_h * all_h
+    error_after = tl.cumsum(squares, 0, reverse=True) - squares + all_state * all_state
     both = error_before + error_after
     passing = from_after + (from_before - from_after) * (error_after / tl.where(both > 0.0, both, 1.0))
 
@@ -586,22 +669,29 @@ def dgates_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
+# same as 04_tfla_triton/mlstm_hopper.py::describe
 def describe(x: Tensor, columns: int) -> TensorDescriptor:
     """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
     block = [1, 1, BLOCK, columns]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 4))
 
 
-def describe_gates(gates: Tensor) -> TensorDescriptor:
-    return TensorDescriptor(gates, list(gates.shape), [BLOCK, 1], [8, BLOCK], gl.NVMMASharedLayout(0, 32, 2))
+# same as 04_tfla_triton/mlstm_hopper.py::describe_rows
+def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
+    """x (.., D), some rows at a time: numbers in float32 as they are, parts of n in bfloat16 for the matrix unit."""
+    x = x.view(-1, x.shape[-1])
+    layout = gl.NVMMASharedLayout(0, 32, 2) if x.dtype == torch.float32 else gl.NVMMASharedLayout(128, 16, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [number, columns], layout)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::copy_engine_reads
 def copy_engine_reads(x: Tensor) -> bool:
     """It wants multiples of 16 bytes from one row, head and sequence to the next."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::keys_options
 def keys_options(DQK: int, DHV: int) -> dict:
     """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers."""
     wide = DHV > 64
@@ -611,51 +701,99 @@ def keys_options(DQK: int, DHV: int) -> dict:
     }  # fmt: skip
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::values_options
 def values_options(DQK: int, DHV: int) -> dict:
     """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
     BV = max(64, triton.next_power_of_2(DHV))
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::span_of
+def span_of(q: Tensor, NT: int, tiles: int) -> int:
+    """Tiles in a span: the whole sequence, or less of it where multiprocessors would stay without a program."""
+    if q.device.type == "meta":
+        return NT
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    spans = max(1, programs // (tiles * q.shape[0] * q.shape[1]))
+    return min(NT, triton.cdiv(triton.cdiv(NT, spans), BORDER) * BORDER)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::starts_of_spans
+def starts_of_spans(
+    k: Tensor, v: Tensor, rows: Tensor, decay: Tensor, first: Tensor | None, SPAN: int, *, backward: bool
+) -> Tensor | None:
+    """The states C that the spans start from, (B, NH, spans, DQK, DHV); backward: dC where they end, of q and dh.
+
+    For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
+    """
+    (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
+    NT, PIECE = triton.cdiv(T, BLOCK), max(BORDER, SPAN // 8)
+    SPANS, PIECES, PER_SPAN = triton.cdiv(NT, SPAN), triton.cdiv(NT, PIECE), SPAN // PIECE
+    if SPANS == 1:
+        return first
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(B, NH, *shape, dtype=torch.float32, device=k.device)
+
+    C, decays, starts = empty(PIECES, DQK, DHV), empty(PIECES), empty(SPANS, DQK, DHV)
+    # The last span's pieces, backward the first one's, are not asked for.
+    needed = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN
+    pieces_kernel[(triton.cdiv(DQK, 128) * triton.cdiv(DHV, 128), needed, B * NH)](
+        k, v, rows, decay, C, decays, *k.stride()[:3], *v.stride()[:3],
+        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, 128, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    starts_kernel[(triton.cdiv(DQK * DHV, 1024), B * NH)](
+        C, decays, first, starts, PIECES, PER_SPAN, DQK * DHV, backward, 1024, num_warps=4
+    )
+    return starts
+
+
 def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the forward pass keeps: gates, and C^T at the borders."""
+    """Shapes and types of what the forward pass keeps: rows, decay, and C^T at the borders."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
     NT = (T + BLOCK - 1) // BLOCK
     borders = (NT + BORDER - 1) // BORDER
-    return [((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, borders, DHV, DQK), torch.bfloat16)]
+    return [
+        ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32),
+        ((B, NH, borders, DHV, DQK), torch.bfloat16),
+    ]  # fmt: skip
 
 
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the final state, and what the backward pass will need."""
     _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    NT, TILES = triton.cdiv(T, BLOCK), 8
+    BH, NT = B * NH, triton.cdiv(T, BLOCK)
     h, C_0 = torch.empty_like(v), None if C_0 is None else C_0.contiguous()
     C_T = torch.empty(B, NH, DQK, DHV, dtype=torch.float32, device=q.device)
-    gates, borders = (torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v))
+    saved = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v)]
     if h.numel() == 0:
-        return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), gates, borders
-    gates_kernel[(triton.cdiv(NT, TILES) * B * NH,)](
-        i, f, gates, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, TILES, num_warps=4
+        return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), *saved
+    rows, decay, borders = saved
+    rows_kernel[(triton.cdiv(NT, 8) * BH,)](
+        i, f, rows, decay, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4
     )
     o = keys_options(DQK, DHV)
+    tiles = triton.cdiv(DHV, o["BV"])
+    SPAN = span_of(q, NT, tiles)
+    starts = starts_of_spans(k, v, rows, decay, C_0, SPAN, backward=False)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(triton.cdiv(DHV, o["BV"]) * B * NH,)](
-        keys(q), keys(k), values(v), values(h), describe_gates(gates), gates, C_0, C_T, borders, None,
-        NT, NH, B * NH, BACKWARD=False, **o,
+    state_times_keys_kernel[(tiles * triton.cdiv(NT, SPAN) * BH,)](
+        keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, None, borders, None,
+        NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
-    return h, C_T, gates, borders
+    return h, C_T, *saved
 
 
 def launch_backward(
     dh: Tensor, dC_T: Tensor | None, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None,
-    C_T: Tensor, gates: Tensor, borders: Tensor,
+    C_T: Tensor, rows: Tensor, decay: Tensor, borders: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, di, df, dC_0."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    NT = triton.cdiv(T, BLOCK)
+    BH, NT = B * NH, triton.cdiv(T, BLOCK)
     dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
 
     def empty(*shape: int) -> Tensor:
@@ -666,31 +804,42 @@ def launch_backward(
         return dq, dk, dv, di, df, dC_0.zero_() if dC_T is None else dC_0.copy_(dC_T)
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
+    rows_ = describe_rows(rows, 8, BLOCK)
+
+    # dv, with <C, dC> at the borders and at the end
     o = keys_options(DQK, DHV)
-    tiles_v, gates_ = triton.cdiv(DHV, o["BV"]), describe_gates(gates)
-    carry = empty(tiles_v, B, NH, borders.shape[2])
+    tiles_v = triton.cdiv(DHV, o["BV"])
+    SPAN = span_of(q, NT, tiles_v)
+    ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
+    carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
+    if dC_T is None:
+        carry[..., -1] = 0
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles_v * B * NH,)](
-        keys(k), keys(q), values(dh), values(dv), gates_, gates, dC_T, dC_0, borders, carry,
-        NT, NH, B * NH, BACKWARD=True, **o,
+    state_times_keys_kernel[(tiles_v * triton.cdiv(NT, SPAN) * BH,)](
+        keys(k), keys(q), values(dh), values(dv), rows_, decay, ends, dC_0, None if dC_T is None else C_T, borders,
+        carry, NT, NH, BH, SPAN, BACKWARD=True, **o,
     )  # fmt: skip
+
+    # dq and dk
     p = values_options(DQK, DHV)
-    tiles_k = triton.cdiv(DQK, p["BK"])
+    tiles_k, starts = triton.cdiv(DQK, p["BK"]), C_0
+    if SPAN < NT:  # the states that the spans start from are among those at the borders
+        starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
+        starts[:, :, 0] = 0 if C_0 is None else C_0
     q_dq, k_dk, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(3))
     keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
     for BACKWARD, a, b, x, own, y, own_y, own_state, first in (
-        (False, dh, k, v, q, dq, q_dq, None, C_0),
-        (True, v, q, dh, k, dk, k_dk, k_dk_state, dC_T),
+        (False, dh, k, v, q, dq, q_dq, None, starts),
+        (True, v, q, dh, k, dk, k_dk, k_dk_state, ends),
     ):
-        state_times_values_kernel[(tiles_k * B * NH,)](
-            values(a), keys(b), values(x), keys(own), keys(y), own_y, own_state, gates_, gates, first,
-            T, NT, NH, B * NH, BACKWARD=BACKWARD, **p,
+        state_times_values_kernel[(tiles_k * triton.cdiv(NT, SPAN) * BH,)](
+            values(a), keys(b), values(x), keys(own), keys(y), rows_, own_y, own_state, decay, first,
+            T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
-    carry_T = None if dC_T is None else (C_T * dC_T).sum(dim=(-2, -1))
-    dgates_kernel[(borders.shape[2] * B * NH,)](
-        i, f, gates, q_dq, k_dk, k_dk_state, carry, carry_T, di, df,
+    dgates_kernel[(borders.shape[2] * BH,)](
+        i, f, decay, q_dq, k_dk, k_dk_state, carry, di, df,
         *i.stride(), *f.stride(), *di.stride(), *df.stride(),
-        T, NT, NH, B * NH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,
+        T, NT, NH, BH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, dC_0
 
@@ -739,8 +888,7 @@ def mlstmsig_hopper(
 ) -> Tensor | tuple[Tensor, State]:
     """The mLSTMsig (paper section 4) on a Hopper GPU, in bfloat16.
 
-    There is no chunk_size: a sequence is one chunk, walked along in tiles of 64 steps. A sequence and head is the work
-    of a few programs only, so it is fast from some hundred sequences and heads on.
+    There is no chunk_size: a sequence is walked along in tiles of 64 steps, in spans where there are few sequences.
 
     Args:
         q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 128. Any B >= 0, NH >= 1, T >= 0. The last dimension

@@ -145,6 +145,20 @@ def mlstm_tfla(stage, dtype: str):
         yield f"{dtype} {DQK}/{DHV} L={L}", launches
 
 
+def mlstm_hopper(stage, dtype: str):
+    """In bfloat16 alone; a kernel for each power of two that the heads fit into; sequences whole and in spans."""
+    if dtype != "bfloat16":
+        return
+    for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
+        (*x, h), state = tensors(dtype, DQK, DHV)
+        with catch_launches() as launches:
+            for start, SPAN in ((state, 16), ((None,) * 3, 16), ((None,) * 3, 8)):
+                stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
+                _, C_T, _, _, *saved = stage.launch_forward(*x, *start, False)
+                stage.launch_backward(h, *start, *x, *start, C_T, *saved, False)
+        yield f"{dtype} {DQK}/{DHV}", launches
+
+
 def mlstm_decode(stage, dtype: str):
     for DQK, DHV in ((128, 256), (16, 32)):
         (*x, _), state = tensors(dtype, DQK, DHV, (2, 4))
@@ -169,29 +183,16 @@ def mlstmsig_tfla(stage, dtype: str):
 
 
 def mlstmsig_hopper(stage, dtype: str):
-    """In bfloat16 alone; a kernel for each power of two that the heads fit into."""
+    """As mlstm_hopper."""
     if dtype != "bfloat16":
         return
     for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
         (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV)
         with catch_launches() as launches:
-            for start in (C_0, None):
+            for start, SPAN in ((C_0, 16), (None, 16), (None, 8)):
+                stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
                 _, *saved = stage.launch_forward(*x, start)
                 stage.launch_backward(h, start, *x, start, *saved)
-        yield f"{dtype} {DQK}/{DHV}", launches
-
-
-def mlstm_hopper(stage, dtype: str):
-    """In bfloat16 alone; a kernel for each power of two that the heads fit into; sequences whole and in spans."""
-    if dtype != "bfloat16":
-        return
-    for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
-        (*x, h), state = tensors(dtype, DQK, DHV)
-        with catch_launches() as launches:
-            for start, SPAN in ((state, 16), ((None,) * 3, 16), ((None,) * 3, 8)):
-                stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
-                _, C_T, _, _, *saved = stage.launch_forward(*x, *start, False)
-                stage.launch_backward(h, *start, *x, *start, C_T, *saved, False)
         yield f"{dtype} {DQK}/{DHV}", launches
 
 
