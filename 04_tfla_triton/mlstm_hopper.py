@@ -507,15 +507,19 @@ def h_scores_partition(
 
 @gluon.jit
 def scores_partition(
-    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
+    a_smem, b_smem, own_smem, other_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
     BACKWARD: gl.constexpr, DELTA: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16; with DELTA, (A B^T + delta_i) * Wr."""
+    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16; with DELTA, (A B^T + delta_i) * Wr.
+
+    Where there are own and other rows, for the gates: the row sums of X = P * (own other^T), before P is rounded.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     for number in range(count):
-        stage, P_stage = number % STAGES, number % P_STAGES
+        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
         mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
         rows = tile_rows(rows_smem, stage, BLOCK)
@@ -531,6 +535,13 @@ def scores_partition(
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
+        if X_ptr is not None:
+            BK: gl.constexpr = own_smem.shape[4]
+            own, other = own_smem.index(stage).reshape([BLOCK, BK]), other_smem.index(stage).reshape([BLOCK, BK])
+            scores = warpgroup_mma(own, other.permute((1, 0)), zero, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            offs_t = tile * BLOCK + offs_l
+            gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
         mbarrier.arrive(empty.index(stage), count=1)
 
 
@@ -648,8 +659,8 @@ def keys_scores_partition(
 ):  # fmt: skip
     if BACKWARD:
         scores_partition(
-            a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, True, False, BLOCK, D, STAGES,
-            P_STAGES,
+            a_smem, b_smem, None, None, rows_smem, P_smem, None, full, empty, P_full, P_empty, first, count, T, True,
+            False, BLOCK, D, STAGES, P_STAGES,
         )  # fmt: skip
     else:
         h_scores_partition(
@@ -734,7 +745,7 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
 def values_state_partition(
-    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    y_desc, state_ptr, decay_ptr, first_ptr,
     a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full,
     P_empty, batch, head_, first_k, first, count, T,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
@@ -770,15 +781,11 @@ def values_state_partition(
             n = n * rows.index(7).load(gl.SliceLayout(1, layout_y))[:, None]  # delta
         mbarrier.wait(P_full.index(0), number & 1)
         y = (warpgroup_mma_wait(1, deps=[y]) + n) * read
-        offs_t = tile * BLOCK + offs_l
-        if BACKWARD:
-            own_state = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
-            gl.store(own_state_ptr + offs_t, own_state, mask=offs_t < T)
+        own_y = own.load(layout_y).to(gl.float32) * y
         y = warpgroup_mma(P_smem.index(0), b, y, is_async=True)
+        offs_t = tile * BLOCK + offs_l
+        gl.store(state_ptr + offs_t, gl.sum(own_y, axis=1), mask=offs_t < T)  # the state's part of q . dq or k . dk
         y, C = warpgroup_mma_wait(0, deps=[y, C])
-        # q . dq or k . dk, from the accumulator, before dq or dk is rounded
-        own_y = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
-        gl.store(own_y_ptr + offs_t, own_y, mask=offs_t < T)
         tma.store_wait(0)
         y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
         fence_async_shared()
@@ -790,15 +797,16 @@ def values_state_partition(
 
 @gluon.jit
 def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, n_desc, rows_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    a_desc, b_desc, x_desc, own_desc, y_desc, n_desc, rows_desc, X_ptr, state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C^T + n) + P B, C <- decay C + (write * B)^T X, P = (A X^T + delta_i) * Wr, for BK columns of B, Y.
 
     Grid: (tiles of DQK) * spans * B * NH.
-    forward     A, B, X, Y = dH, K, V, dQ, n means delta_i n: also q . dq
-    backward    A, B, X, Y = V, Q, dH, dK, n and C are dn and dC: also k . dk, and the part of it from the state
+    forward     A, B, X, Y = dH, K, V, dQ, n means delta_i n
+    backward    A, B, X, Y = V, Q, dH, dK, n and C are dn and dC
+    Also, for the gates, q . dq or k . dk in two parts: the tile's, the row sums of P * Q K^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
@@ -818,15 +826,13 @@ def state_times_values_kernel(
     first_n = bh.to(gl.int32) * (NT + 1) + (1 if BACKWARD else 0)
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    own_y_ptr += (tile_k * BH + bh) * T
-    if own_state_ptr is not None:
-        own_state_ptr += (tile_k * BH + bh) * T
+    X_ptr, state_ptr = X_ptr + (tile_k * BH + bh) * T, state_ptr + (tile_k * BH + bh) * T
     gl.warp_specialize(
         [
             (
                 values_state_partition,
                 (
-                    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, n_smem,
+                    y_desc, state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, n_smem,
                     rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
                     tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
@@ -834,8 +840,8 @@ def state_times_values_kernel(
             (
                 scores_partition,
                 (
-                    a_smem, x_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, True, BLOCK,
-                    BV, STAGES, 1,
+                    a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first,
+                    count, T, BACKWARD, True, BLOCK, BV, STAGES, 1,
                 ),
             ),
             (
@@ -848,7 +854,7 @@ def state_times_values_kernel(
             ),
         ],
         [4, 1],
-        [112, 24],
+        [136, 24],
     )  # fmt: skip
 
 
@@ -966,7 +972,7 @@ def dh_h_kernel(
             ),
         ],
         [4, 1],
-        [112, 24],
+        [136, 24],
     )  # fmt: skip
 
 
@@ -982,15 +988,16 @@ def product_at(n_ptr, dn_ptr, border, offs_k, DQK):
 
 @triton.jit
 def dgates_kernel(
-    f_ptr, decay_ptr, n_ptr, dn_ptr, q_dq_ptr, k_dk_ptr, k_dk_state_ptr, carry_ptr, di_rest_ptr, df_bar_rest_ptr,
-    di_ptr, df_ptr,
+    f_ptr, decay_ptr, n_ptr, dn_ptr, q_dq_tile_ptr, q_dq_state_ptr, k_dk_tile_ptr, k_dk_state_ptr, carry_ptr,
+    di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
     stride_fb, stride_fh, stride_ft, stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
     T, NT, NH, BH, DQK, TILES_K, TILES_V, BORDER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
 ):  # fmt: skip
     """di and df of the tiles from one border to the next. Grid: borders * B * NH.
 
     di is k . dk. f_t weakens everything that crosses step t, so df_bar_t is the sum over all that does. In a tile:
-      state before the tile, k_j v_j with j < t -> h_r with r >= t      sum over r >= t of to_h = q . dq - k . dk's rest
+      state before the tile, k_j v_j with j < t -> h_r with r >= t      sum over r >= t of to_h = q . dq - k . dk's part
+                                                                        from the tile itself
       k_j v_j with j < t -> state after the tile                        sum over j < t of to_state, k . dk's state part
       state before -> state after                                       pass
     as in mlstm_tfla.py. But there pass = decay <C', dC'>, n and dn included, is known for every chunk; here C and dC
@@ -1011,10 +1018,12 @@ def dgates_kernel(
     di = tl.zeros((BORDER, BLOCK), dtype=tl.float32)
     for tile_k in range(TILES_K):
         offs = (tile_k * BH + bh) * T + offs_t
-        q_dq = tl.load(q_dq_ptr + offs, mask=mask, other=0.0)
-        k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
-        k_dk_state = tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
-        to_h, to_state, di = to_h + (q_dq - (k_dk - k_dk_state)), to_state + k_dk_state, di + k_dk
+        to_h += tl.load(q_dq_state_ptr + offs, mask=mask, other=0.0)
+        to_h += tl.load(q_dq_tile_ptr + offs, mask=mask, other=0.0)
+        k_dk_tile = tl.load(k_dk_tile_ptr + offs, mask=mask, other=0.0)
+        to_h, di = to_h - k_dk_tile, di + k_dk_tile
+        to_state += tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
+    di += to_state
     n_ptr, dn_ptr, offs_k = n_ptr + bh * (NT + 1) * DQK, dn_ptr + bh * (NT + 1) * DQK, tl.arange(0, BLOCK_DQK)
     before = product_at(n_ptr, dn_ptr, c * BORDER, offs_k, DQK)
     after = product_at(n_ptr, dn_ptr, tl.minimum((c + 1) * BORDER, NT), offs_k, DQK)
@@ -1234,27 +1243,31 @@ def launch_backward(
     vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 32, 32, num_warps=4)
 
     # dq and dk
-    q_dq, k_dk, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(3))
-    for BACKWARD, a, b, x, own, y, own_y, own_state, vectors, first in (
-        (False, dh, k, v, q, dq, q_dq, None, n, starts),
-        (True, v, q, dh, k, dk, k_dk, k_dk_state, dn, ends),
+    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(4))
+    for BACKWARD, a, b, x, own, y, tile, state, vectors, first in (
+        (False, dh, k, v, q, dq, q_dq_tile, q_dq_state, n, starts),
+        (True, v, q, dh, k, dk, k_dk_tile, k_dk_state, dn, ends),
     ):
         state_times_values_kernel[grid](
-            values(a), keys(b), values(x), keys(own), keys(y), describe_rows(vectors, 1, p["BK"]), rows_, own_y,
-            own_state, decay, first, T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
+            values(a), keys(b), values(x), keys(own), keys(y), describe_rows(vectors, 1, p["BK"]), rows_, tile,
+            state, decay, first, T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
     dn_0, di_rest, df_bar_rest = dn[:, :, 0].clone(), None, None
+    # In float64, so that how PyTorch adds, which depends on the size of a batch, does not show in float32.
     if C_0 is not None:
-        dm_0 = (C_0 * dC_0).sum(dim=(-2, -1)) + (n_0 * dn_0).sum(dim=-1)
+        dm_0 = (
+            (C_0 * dC_0).sum(dim=(-2, -1), dtype=torch.float64) + (n_0 * dn_0).sum(dim=-1, dtype=torch.float64)
+        ).float()
     if dC_T is not None:
-        overlap_T = (C_T * dC_T).sum(dim=(-2, -1)) + (n[:, :, -1] * dn_T).sum(dim=-1)
+        overlap_T = (C_T * dC_T).sum(dim=(-2, -1), dtype=torch.float64)
+        overlap_T = (overlap_T + (n[:, :, -1] * dn_T).sum(dim=-1, dtype=torch.float64)).float()
         m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
         di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap_T)
         di_rest, df_bar_rest, dm_0 = di_rest.float().contiguous(), df_bar_rest.float().contiguous(), dm_0 + dm_0_rest
     dgates_kernel[(borders.shape[2] * BH,)](
-        f, decay, n, dn, q_dq, k_dk, k_dk_state, carry, di_rest, df_bar_rest, di, df,
+        f, decay, n, dn, q_dq_tile, q_dq_state, k_dk_tile, k_dk_state, carry, di_rest, df_bar_rest, di, df,
         *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, BLOCK_DQK, num_warps=4,
     )  # fmt: skip

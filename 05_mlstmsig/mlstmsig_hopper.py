@@ -277,23 +277,36 @@ def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layou
 
 @gluon.jit
 def scores_partition(
-    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty,
-    count, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    a_smem, b_smem, own_smem, other_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16, for the state's warps."""
+    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16.
+
+    Where there are own and other rows, for the gates: the row sums of X = P * (own other^T), before P is rounded.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     for number in range(count):
-        stage, P_stage = number % STAGES, number % P_STAGES
+        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
         mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+        rows = tile_rows(rows_smem, stage, BLOCK)
         scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        P = apply_gates(scores, tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
+        P = apply_gates(scores, rows, BACKWARD, BLOCK, layout)
         mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
+        if X_ptr is not None:
+            BK: gl.constexpr = own_smem.shape[4]
+            own, other = own_smem.index(stage).reshape([BLOCK, BK]), other_smem.index(stage).reshape([BLOCK, BK])
+            scores = warpgroup_mma(own, other.permute((1, 0)), zero, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            offs_t = tile * BLOCK + offs_l
+            gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
         mbarrier.arrive(empty.index(stage), count=1)
 
 
@@ -452,8 +465,8 @@ def state_times_keys_kernel(
             (
                 scores_partition,
                 (
-                    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK, BK,
-                    STAGES, P_STAGES,
+                    a_smem, b_smem, None, None, rows_smem, P_smem, None, full, empty, P_full, P_empty, first, count, 0,
+                    BACKWARD, BLOCK, BK, STAGES, P_STAGES,
                 ),
             ),
             (
@@ -474,7 +487,7 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
 def values_state_partition(
-    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    y_desc, state_ptr, decay_ptr, first_ptr,
     a_smem, b_smem, x_smem, own_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full,
     P_empty, batch, head_, first_k, first, count, T,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
@@ -506,15 +519,11 @@ def values_state_partition(
         C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
         mbarrier.wait(P_full.index(0), number & 1)
         y = warpgroup_mma_wait(1, deps=[y]) * read
-        offs_t = tile * BLOCK + offs_l
-        if BACKWARD:
-            own_state = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
-            gl.store(own_state_ptr + offs_t, own_state, mask=offs_t < T)
+        own_y = own.load(layout_y).to(gl.float32) * y
         y = warpgroup_mma(P_smem.index(0), b, y, is_async=True)
+        offs_t = tile * BLOCK + offs_l
+        gl.store(state_ptr + offs_t, gl.sum(own_y, axis=1), mask=offs_t < T)  # the state's part of q . dq or k . dk
         y, C = warpgroup_mma_wait(0, deps=[y, C])
-        # q . dq or k . dk, from the accumulator, before dq or dk is rounded
-        own_y = gl.sum(own.load(layout_y).to(gl.float32) * y, axis=1)
-        gl.store(own_y_ptr + offs_t, own_y, mask=offs_t < T)
         tma.store_wait(0)
         y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
         fence_async_shared()
@@ -526,15 +535,16 @@ def values_state_partition(
 
 @gluon.jit
 def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr,
+    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, X_ptr, state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C^T) + P B, C <- decay C + (write * B)^T X, P = A X^T * Wr, for BK columns of B and Y.
 
     Grid: (tiles of DQK) * spans * B * NH.
-    forward     A, B, X, Y = dH, K, V, dQ: also q . dq
-    backward    A, B, X, Y = V, Q, dH, dK, and C is dC: also k . dk, and the part of it from the state
+    forward     A, B, X, Y = dH, K, V, dQ
+    backward    A, B, X, Y = V, Q, dH, dK, and C is dC
+    Also, for the gates, q . dq or k . dk in two parts: the tile's, the row sums of P * Q K^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
@@ -552,15 +562,13 @@ def state_times_values_kernel(
     decay_ptr += bh * NT
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    own_y_ptr += (tile_k * BH + bh) * T
-    if own_state_ptr is not None:
-        own_state_ptr += (tile_k * BH + bh) * T
+    X_ptr, state_ptr = X_ptr + (tile_k * BH + bh) * T, state_ptr + (tile_k * BH + bh) * T
     gl.warp_specialize(
         [
             (
                 values_state_partition,
                 (
-                    y_desc, own_y_ptr, own_state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
+                    y_desc, state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
                     rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
                     tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
@@ -568,8 +576,8 @@ def state_times_values_kernel(
             (
                 scores_partition,
                 (
-                    a_smem, x_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK,
-                    BV, STAGES, 1,
+                    a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first,
+                    count, T, BACKWARD, BLOCK, BV, STAGES, 1,
                 ),
             ),
             (
@@ -582,7 +590,7 @@ def state_times_values_kernel(
             ),
         ],
         [4, 1],
-        [112, 24],
+        [136, 24],
     )  # fmt: skip
 
 
@@ -605,7 +613,7 @@ def one_after_the_other(a_1, b_1, a_2, b_2):
 
 @triton.jit
 def dgates_kernel(
-    i_ptr, f_ptr, decay_ptr, q_dq_ptr, k_dk_ptr, k_dk_state_ptr, carry_ptr, di_ptr, df_ptr,
+    i_ptr, f_ptr, decay_ptr, q_dq_tile_ptr, q_dq_state_ptr, k_dk_tile_ptr, k_dk_state_ptr, carry_ptr, di_ptr, df_ptr,
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
     T, NT, NH, BH, TILES_K, TILES_V, BORDER: tl.constexpr, BLOCK: tl.constexpr,
@@ -613,7 +621,8 @@ def dgates_kernel(
     """di and df of the tiles from one border to the next. Grid: borders * B * NH.
 
     di_bar is k . dk. f_t weakens everything that crosses step t, so df_bar_t is the sum over all that does. In a tile:
-      state before the tile, k_j v_j with j < t -> h_r with r >= t      sum over r >= t of to_h = q . dq - k . dk's rest
+      state before the tile, k_j v_j with j < t -> h_r with r >= t      sum over r >= t of to_h = q . dq - k . dk's part
+                                                                        from the tile itself
       k_j v_j with j < t -> state after the tile                        sum over j < t of to_state, k . dk's state part
       state before -> state after                                       pass
     as in mlstmsig_tfla.py. But there pass = decay <C, dC> is known for every chunk; here C and dC meet at the borders
@@ -634,10 +643,12 @@ def dgates_kernel(
     di_bar = tl.zeros((BORDER, BLOCK), dtype=tl.float32)
     for tile_k in range(TILES_K):
         offs = (tile_k * BH + bh) * T + offs_t
-        q_dq = tl.load(q_dq_ptr + offs, mask=mask, other=0.0)
-        k_dk = tl.load(k_dk_ptr + offs, mask=mask, other=0.0)
-        k_dk_state = tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
-        to_h, to_state, di_bar = to_h + (q_dq - (k_dk - k_dk_state)), to_state + k_dk_state, di_bar + k_dk
+        to_h += tl.load(q_dq_state_ptr + offs, mask=mask, other=0.0)
+        to_h += tl.load(q_dq_tile_ptr + offs, mask=mask, other=0.0)
+        k_dk_tile = tl.load(k_dk_tile_ptr + offs, mask=mask, other=0.0)
+        to_h, di_bar = to_h - k_dk_tile, di_bar + k_dk_tile
+        to_state += tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
+    di_bar += to_state
     before, after = tl.full((), 0.0, dtype=tl.float32), tl.full((), 0.0, dtype=tl.float32)
     for tile_v in range(TILES_V):
         carry = carry_ptr + (tile_v * BH + bh) * (borders + 1) + c
@@ -826,18 +837,18 @@ def launch_backward(
     if SPAN < NT:  # the states that the spans start from are among those at the borders
         starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
         starts[:, :, 0] = 0 if C_0 is None else C_0
-    q_dq, k_dk, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(3))
+    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(4))
     keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
-    for BACKWARD, a, b, x, own, y, own_y, own_state, first in (
-        (False, dh, k, v, q, dq, q_dq, None, starts),
-        (True, v, q, dh, k, dk, k_dk, k_dk_state, ends),
+    for BACKWARD, a, b, x, own, y, tile, state, first in (
+        (False, dh, k, v, q, dq, q_dq_tile, q_dq_state, starts),
+        (True, v, q, dh, k, dk, k_dk_tile, k_dk_state, ends),
     ):
         state_times_values_kernel[(tiles_k * triton.cdiv(NT, SPAN) * BH,)](
-            values(a), keys(b), values(x), keys(own), keys(y), rows_, own_y, own_state, decay, first,
+            values(a), keys(b), values(x), keys(own), keys(y), rows_, tile, state, decay, first,
             T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
     dgates_kernel[(borders.shape[2] * BH,)](
-        i, f, decay, q_dq, k_dk, k_dk_state, carry, di, df,
+        i, f, decay, q_dq_tile, q_dq_state, k_dk_tile, k_dk_state, carry, di, df,
         *i.stride(), *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,
     )  # fmt: skip
