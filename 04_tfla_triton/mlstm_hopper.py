@@ -1060,17 +1060,31 @@ def dgates_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
+# A launch takes the CPU about as long as the smallest kernels take the GPU, so a few things here are done once, or
+# without the functions that Triton has for them: layouts, descriptors, rounding up.
+STEPS_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+PARTS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+ROWS_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(D: int) -> int:
+    """The smallest one that D fits into."""
+    return 1 << (D - 1).bit_length()
+
+
 def describe(x: Tensor, columns: int) -> TensorDescriptor:
     """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
-    block = [1, 1, BLOCK, columns]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 4))
+    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, BLOCK, columns], STEPS_LAYOUT)
 
 
 def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
     """x (.., D), some rows at a time: numbers in float32 as they are, parts of n in bfloat16 for the matrix unit."""
-    x = x.view(-1, x.shape[-1])
-    layout = gl.NVMMASharedLayout(0, 32, 2) if x.dtype == torch.float32 else gl.NVMMASharedLayout(128, 16, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [number, columns], layout)
+    layout = ROWS_LAYOUT if x.dtype == torch.float32 else PARTS_LAYOUT
+    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], layout)
 
 
 def copy_engine_reads(x: Tensor) -> bool:
@@ -1090,7 +1104,7 @@ def keys_options(DQK: int, DHV: int) -> dict:
 
 def values_options(DQK: int, DHV: int) -> dict:
     """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
-    BV = max(64, triton.next_power_of_2(DHV))
+    BV = max(64, power_of_2(DHV))
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
 
@@ -1100,7 +1114,7 @@ def span_of(q: Tensor, NT: int, tiles: int) -> int:
         return NT
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     spans = max(1, programs // (tiles * q.shape[0] * q.shape[1]))
-    return min(NT, triton.cdiv(triton.cdiv(NT, spans), BORDER) * BORDER)
+    return min(NT, ceil_div(ceil_div(NT, spans), BORDER) * BORDER)
 
 
 def starts_of_spans(
@@ -1111,8 +1125,9 @@ def starts_of_spans(
     For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
     """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
-    NT, PIECE = triton.cdiv(T, BLOCK), max(BORDER, SPAN // 8)
-    SPANS, PIECES, PER_SPAN = triton.cdiv(NT, SPAN), triton.cdiv(NT, PIECE), SPAN // PIECE
+    NT, PIECE = ceil_div(T, BLOCK), max(BORDER, SPAN // 8)
+    SPANS, PIECES, PER_SPAN = ceil_div(NT, SPAN), ceil_div(NT, PIECE), SPAN // PIECE
+    BLOCK_DHV = max(64, power_of_2(DHV))
     if SPANS == 1:
         return first
 
@@ -1122,11 +1137,12 @@ def starts_of_spans(
     C, decays, starts = empty(PIECES, DQK, DHV), empty(PIECES), empty(SPANS, DQK, DHV)
     # The last span's pieces, backward the first one's, are not asked for.
     needed = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN
-    pieces_kernel[(triton.cdiv(DQK, 128) * triton.cdiv(DHV, 128), needed, B * NH)](
+    pieces_kernel[(ceil_div(DQK, 128) * ceil_div(DHV, BLOCK_DHV), needed, B * NH)](
         k, v, rows, decay, C, decays, *k.stride()[:3], *v.stride()[:3],
-        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, 128, num_warps=8, num_stages=3,
+        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, BLOCK_DHV,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
-    starts_kernel[(triton.cdiv(DQK * DHV, 1024), B * NH)](
+    starts_kernel[(ceil_div(DQK * DHV, 1024), B * NH)](
         C, decays, first, starts, PIECES, PER_SPAN, DQK * DHV, backward, 1024, num_warps=4
     )
     return starts
@@ -1155,7 +1171,7 @@ def launch_forward(
     """h, the final state, and what the backward pass will need."""
     _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    BH, NT = B * NH, triton.cdiv(T, BLOCK)
+    BH, NT = B * NH, ceil_div(T, BLOCK)
     h, state = torch.empty_like(v), contiguous_state(C_0, n_0, m_0)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -1167,20 +1183,20 @@ def launch_forward(
     rows, decay, n, S, borders = saved
     g, a = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64)
     m, x, n_parts = empty(B, NH, NT + 1), empty(B, NH, NT, DQK), empty(BH * NT * 8, DQK, dtype=torch.bfloat16)
-    gates, groups = (*i.stride(), *f.stride()), triton.cdiv(NT, 8) * BH
+    gates, groups = (*i.stride(), *f.stride()), ceil_div(NT, 8) * BH
     summary_kernel[(groups,)](i, f, g, a, *gates, T, NT, NH, BLOCK, 8, num_warps=4)
     stabilizers_kernel[(BH,)](g, a, state[2], m, NT, 64, num_warps=1)
     rows_kernel[(groups,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4)
-    BLOCK_DQK = triton.next_power_of_2(DQK)
-    sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, BLOCK_DQK, num_warps=4)
-    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](x, decay, state[1], n, n_parts, NT, DQK, False, 32, 32, num_warps=4)
+    BLOCK_DQK = power_of_2(DQK)
+    sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, BLOCK_DQK, num_warps=2)
+    vectors_kernel[(ceil_div(DQK, 16) * BH,)](x, decay, state[1], n, n_parts, NT, DQK, False, 128, 16, num_warps=4)
 
     o = keys_options(DQK, DHV)
-    tiles = triton.cdiv(DHV, o["BV"])
+    tiles = ceil_div(DHV, o["BV"])
     SPAN = span_of(q, NT, tiles)
     starts = starts_of_spans(k, v, rows, decay, state[0], SPAN, backward=False)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles * triton.cdiv(NT, SPAN) * BH,)](
+    state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
         keys(q), keys(k), values(v), values(h), describe_rows(n_parts, 8, o["BK"]), describe_rows(rows, 8, BLOCK),
         decay, starts, C_T, None, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
@@ -1194,11 +1210,10 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, di, df, dC_0, dn_0, dm_0."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    BH, NT = B * NH, triton.cdiv(T, BLOCK)
+    BH, NT = B * NH, ceil_div(T, BLOCK)
     dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
-    dC_0, dn_0, dm_0 = _empty_state(q, v)
     if dh.numel() == 0:
-        dstate = (dC_0, dn_0, dm_0) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
+        dstate = _empty_state(q, v) if dC_T is None else (x.clone() for x in (dC_T, dn_T, dm_T))
         return dq, dk, dv, di, df, *dstate
 
     def empty(*shape: int) -> Tensor:
@@ -1206,55 +1221,56 @@ def launch_backward(
 
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
+    dC_0 = empty(B, NH, DQK, DHV)
     forward_rows, rows = rows, torch.empty_like(rows)
-    rows_backward_kernel[(triton.cdiv(NT, 8) * BH,)](forward_rows, S, rows, T, NT, BLOCK, 8, num_warps=4)
+    rows_backward_kernel[(ceil_div(NT, 8) * BH,)](forward_rows, S, rows, T, NT, BLOCK, 8, num_warps=4)
     rows_ = describe_rows(rows, 8, BLOCK)
 
     # dv, with <C, dC> at the borders and at the end
     o = keys_options(DQK, DHV)
-    tiles_v = triton.cdiv(DHV, o["BV"])
+    tiles_v = ceil_div(DHV, o["BV"])
     SPAN = span_of(q, NT, tiles_v)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
     carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
     carry[..., -1] = 0
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles_v * triton.cdiv(NT, SPAN) * BH,)](
+    state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
         keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None if dC_T is None else C_T, None,
         borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
     )  # fmt: skip
 
     # dh . h, delta and dn
     p = values_options(DQK, DHV)
-    tiles_k, starts = triton.cdiv(DQK, p["BK"]), C_0
+    tiles_k, starts = ceil_div(DQK, p["BK"]), C_0
     if SPAN < NT:  # the states that the spans start from are among those at the borders
         starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
         starts[:, :, 0] = 0 if C_0 is None else C_0
-    grid = (tiles_k * triton.cdiv(NT, SPAN) * BH,)
-    keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
+    grid = (tiles_k * ceil_div(NT, SPAN) * BH,)
+    q_, k_, v_, dh_ = describe(q, p["BK"]), describe(k, p["BK"]), describe(v, p["BV"]), describe(dh, p["BV"])
     if not assume_norm:
         dh_h = empty(2 * tiles_k, B, NH, T)
-        dh_h_kernel[grid](values(dh), keys(k), values(v), keys(q), rows_, dh_h, decay, starts, T, NT, NH, BH, SPAN, **p)
-        delta_kernel[(triton.cdiv(NT, 8) * BH,)](
+        dh_h_kernel[grid](dh_, k_, v_, q_, rows_, dh_h, decay, starts, T, NT, NH, BH, SPAN, **p)
+        delta_kernel[(ceil_div(NT, 8) * BH,)](
             forward_rows, rows, S, dh_h, T, NT, BH, 2 * tiles_k, BLOCK, 8, num_warps=4
         )
-    x, dn, BLOCK_DQK = empty(B, NH, NT, DQK), torch.empty_like(n), triton.next_power_of_2(DQK)
-    sums_kernel[(NT * BH,)](q, rows, x, *q.stride()[:3], T, NT, NH, DQK, True, BLOCK, BLOCK_DQK, num_warps=4)
+    x, dn, BLOCK_DQK = empty(B, NH, NT, DQK), torch.empty_like(n), power_of_2(DQK)
+    sums_kernel[(NT * BH,)](q, rows, x, *q.stride()[:3], T, NT, NH, DQK, True, BLOCK, BLOCK_DQK, num_warps=2)
     dn_T = None if dn_T is None else dn_T.contiguous()
-    vectors_kernel[(triton.cdiv(DQK, 32) * BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 32, 32, num_warps=4)
+    vectors_kernel[(ceil_div(DQK, 16) * BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 128, 16, num_warps=4)
 
     # dq and dk
-    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(4))
+    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = empty(4, tiles_k, B, NH, T)
     for BACKWARD, a, b, x, own, y, tile, state, vectors, first in (
-        (False, dh, k, v, q, dq, q_dq_tile, q_dq_state, n, starts),
-        (True, v, q, dh, k, dk, k_dk_tile, k_dk_state, dn, ends),
+        (False, dh_, k_, v_, q_, dq, q_dq_tile, q_dq_state, n, starts),
+        (True, v_, q_, dh_, k_, dk, k_dk_tile, k_dk_state, dn, ends),
     ):
         state_times_values_kernel[grid](
-            values(a), keys(b), values(x), keys(own), keys(y), describe_rows(vectors, 1, p["BK"]), rows_, tile,
-            state, decay, first, T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
+            a, b, x, own, describe(y, p["BK"]), describe_rows(vectors, 1, p["BK"]), rows_, tile, state, decay, first,
+            T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
-    dn_0, di_rest, df_bar_rest = dn[:, :, 0].clone(), None, None
+    dn_0, dm_0, di_rest, df_bar_rest = dn[:, :, 0].clone(), dn.new_zeros(B, NH), None, None
     # In float64, so that how PyTorch adds, which depends on the size of a batch, does not show in float32.
     if C_0 is not None:
         dm_0 = (

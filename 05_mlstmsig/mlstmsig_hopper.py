@@ -680,19 +680,35 @@ def dgates_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
+# A launch takes the CPU about as long as the smallest kernels take the GPU, so a few things here are done once, or
+# without the functions that Triton has for them: layouts, descriptors, rounding up.
+STEPS_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+PARTS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+ROWS_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::ceil_div
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::power_of_2
+def power_of_2(D: int) -> int:
+    """The smallest one that D fits into."""
+    return 1 << (D - 1).bit_length()
+
+
 # same as 04_tfla_triton/mlstm_hopper.py::describe
 def describe(x: Tensor, columns: int) -> TensorDescriptor:
     """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
-    block = [1, 1, BLOCK, columns]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(128, 16, 4))
+    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, BLOCK, columns], STEPS_LAYOUT)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::describe_rows
 def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
     """x (.., D), some rows at a time: numbers in float32 as they are, parts of n in bfloat16 for the matrix unit."""
-    x = x.view(-1, x.shape[-1])
-    layout = gl.NVMMASharedLayout(0, 32, 2) if x.dtype == torch.float32 else gl.NVMMASharedLayout(128, 16, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [number, columns], layout)
+    layout = ROWS_LAYOUT if x.dtype == torch.float32 else PARTS_LAYOUT
+    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], layout)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::copy_engine_reads
@@ -715,7 +731,7 @@ def keys_options(DQK: int, DHV: int) -> dict:
 # same as 04_tfla_triton/mlstm_hopper.py::values_options
 def values_options(DQK: int, DHV: int) -> dict:
     """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
-    BV = max(64, triton.next_power_of_2(DHV))
+    BV = max(64, power_of_2(DHV))
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
 
@@ -726,7 +742,7 @@ def span_of(q: Tensor, NT: int, tiles: int) -> int:
         return NT
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     spans = max(1, programs // (tiles * q.shape[0] * q.shape[1]))
-    return min(NT, triton.cdiv(triton.cdiv(NT, spans), BORDER) * BORDER)
+    return min(NT, ceil_div(ceil_div(NT, spans), BORDER) * BORDER)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::starts_of_spans
@@ -738,8 +754,9 @@ def starts_of_spans(
     For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
     """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
-    NT, PIECE = triton.cdiv(T, BLOCK), max(BORDER, SPAN // 8)
-    SPANS, PIECES, PER_SPAN = triton.cdiv(NT, SPAN), triton.cdiv(NT, PIECE), SPAN // PIECE
+    NT, PIECE = ceil_div(T, BLOCK), max(BORDER, SPAN // 8)
+    SPANS, PIECES, PER_SPAN = ceil_div(NT, SPAN), ceil_div(NT, PIECE), SPAN // PIECE
+    BLOCK_DHV = max(64, power_of_2(DHV))
     if SPANS == 1:
         return first
 
@@ -749,11 +766,12 @@ def starts_of_spans(
     C, decays, starts = empty(PIECES, DQK, DHV), empty(PIECES), empty(SPANS, DQK, DHV)
     # The last span's pieces, backward the first one's, are not asked for.
     needed = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN
-    pieces_kernel[(triton.cdiv(DQK, 128) * triton.cdiv(DHV, 128), needed, B * NH)](
+    pieces_kernel[(ceil_div(DQK, 128) * ceil_div(DHV, BLOCK_DHV), needed, B * NH)](
         k, v, rows, decay, C, decays, *k.stride()[:3], *v.stride()[:3],
-        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, 128, num_warps=8, num_stages=3,
+        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, BLOCK_DHV,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
-    starts_kernel[(triton.cdiv(DQK * DHV, 1024), B * NH)](
+    starts_kernel[(ceil_div(DQK * DHV, 1024), B * NH)](
         C, decays, first, starts, PIECES, PER_SPAN, DQK * DHV, backward, 1024, num_warps=4
     )
     return starts
@@ -776,22 +794,22 @@ def launch_forward(
     """h, the final state, and what the backward pass will need."""
     _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    BH, NT = B * NH, triton.cdiv(T, BLOCK)
+    BH, NT = B * NH, ceil_div(T, BLOCK)
     h, C_0 = torch.empty_like(v), None if C_0 is None else C_0.contiguous()
     C_T = torch.empty(B, NH, DQK, DHV, dtype=torch.float32, device=q.device)
     saved = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v)]
     if h.numel() == 0:
         return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), *saved
     rows, decay, borders = saved
-    rows_kernel[(triton.cdiv(NT, 8) * BH,)](
+    rows_kernel[(ceil_div(NT, 8) * BH,)](
         i, f, rows, decay, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4
     )
     o = keys_options(DQK, DHV)
-    tiles = triton.cdiv(DHV, o["BV"])
+    tiles = ceil_div(DHV, o["BV"])
     SPAN = span_of(q, NT, tiles)
     starts = starts_of_spans(k, v, rows, decay, C_0, SPAN, backward=False)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles * triton.cdiv(NT, SPAN) * BH,)](
+    state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
         keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, None, borders, None,
         NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
@@ -804,7 +822,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, di, df, dC_0."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    BH, NT = B * NH, triton.cdiv(T, BLOCK)
+    BH, NT = B * NH, ceil_div(T, BLOCK)
     dq, dk, dv, di, df = (torch.empty_like(x) for x in (q, k, v, i, f))
 
     def empty(*shape: int) -> Tensor:
@@ -819,32 +837,32 @@ def launch_backward(
 
     # dv, with <C, dC> at the borders and at the end
     o = keys_options(DQK, DHV)
-    tiles_v = triton.cdiv(DHV, o["BV"])
+    tiles_v = ceil_div(DHV, o["BV"])
     SPAN = span_of(q, NT, tiles_v)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
     carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
     if dC_T is None:
         carry[..., -1] = 0
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles_v * triton.cdiv(NT, SPAN) * BH,)](
+    state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
         keys(k), keys(q), values(dh), values(dv), rows_, decay, ends, dC_0, None if dC_T is None else C_T, borders,
         carry, NT, NH, BH, SPAN, BACKWARD=True, **o,
     )  # fmt: skip
 
     # dq and dk
     p = values_options(DQK, DHV)
-    tiles_k, starts = triton.cdiv(DQK, p["BK"]), C_0
+    tiles_k, starts = ceil_div(DQK, p["BK"]), C_0
     if SPAN < NT:  # the states that the spans start from are among those at the borders
         starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
         starts[:, :, 0] = 0 if C_0 is None else C_0
-    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = (empty(tiles_k, B, NH, T) for _ in range(4))
-    keys, values = (lambda x: describe(x, p["BK"])), (lambda x: describe(x, p["BV"]))
+    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = empty(4, tiles_k, B, NH, T)
+    q_, k_, v_, dh_ = describe(q, p["BK"]), describe(k, p["BK"]), describe(v, p["BV"]), describe(dh, p["BV"])
     for BACKWARD, a, b, x, own, y, tile, state, first in (
-        (False, dh, k, v, q, dq, q_dq_tile, q_dq_state, starts),
-        (True, v, q, dh, k, dk, k_dk_tile, k_dk_state, ends),
+        (False, dh_, k_, v_, q_, dq, q_dq_tile, q_dq_state, starts),
+        (True, v_, q_, dh_, k_, dk, k_dk_tile, k_dk_state, ends),
     ):
-        state_times_values_kernel[(tiles_k * triton.cdiv(NT, SPAN) * BH,)](
-            values(a), keys(b), values(x), keys(own), keys(y), rows_, tile, state, decay, first,
+        state_times_values_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
+            a, b, x, own, describe(y, p["BK"]), rows_, tile, state, decay, first,
             T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
     dgates_kernel[(borders.shape[2] * BH,)](

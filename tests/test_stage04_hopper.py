@@ -33,7 +33,7 @@ def make(*sizes, dtype=BFLOAT16, **options):
 
 # Heads that fill their tiles and heads that do not. With less than 32 columns, what is left of the differences that the
 # normalizer's gradient consists of says nothing in 16 bits (see properties.cases).
-HEADS = [(32, 32), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
+HEADS = [(48, 64), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
