@@ -648,8 +648,9 @@ def keys_state_partition(
             border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
             gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
     tma.store_wait(0)
-    if (first == 0) if BACKWARD else (first + count == NT):
-        gl.store(last_ptr + k * DHV + v, C, mask=inside)
+    if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
+        if (first == 0) if BACKWARD else (first + count == NT):
+            gl.store(last_ptr + k * DHV + v, C, mask=inside)
 
 
 @gluon.jit
@@ -699,7 +700,9 @@ def state_times_keys_kernel(
     else:
         n_smem = ring(n_desc, STAGES)
     fence_async_shared()
-    decay_ptr, last_ptr = decay_ptr + bh * NT, last_ptr + bh * DQK * DHV
+    decay_ptr += bh * NT
+    if last_ptr is not None:
+        last_ptr += bh * DQK * DHV
     border_ptr += bh * borders * DQK * DHV
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
@@ -1166,9 +1169,10 @@ def contiguous_state(C: Tensor | None, n: Tensor | None, m: Tensor | None) -> li
 
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor,
-    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None, assume_norm: bool,
+    C_0: Tensor | None, n_0: Tensor | None, m_0: Tensor | None,
+    assume_norm: bool, return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, the final state, and what the backward pass will need."""
+    """h, the final state if it is asked for, and what the backward pass will need."""
     _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
     BH, NT = B * NH, ceil_div(T, BLOCK)
@@ -1177,9 +1181,10 @@ def launch_forward(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    C_T, saved = empty(B, NH, DQK, DHV), [empty(*shape, dtype=dtype) for shape, dtype in saved_shapes(q, v)]
+    saved = [empty(*shape, dtype=dtype) for shape, dtype in saved_shapes(q, v)]
     if h.numel() == 0:
         return h, *(_empty_state(q, v) if C_0 is None else [x.clone() for x in state]), *saved
+    C_T = empty(B, NH, DQK, DHV) if return_state else None
     rows, decay, n, S, borders = saved
     g, a = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64)
     m, x, n_parts = empty(B, NH, NT + 1), empty(B, NH, NT, DQK), empty(BH * NT * 8, DQK, dtype=torch.bfloat16)
@@ -1200,7 +1205,8 @@ def launch_forward(
         keys(q), keys(k), values(v), values(h), describe_rows(n_parts, 8, o["BK"]), describe_rows(rows, 8, BLOCK),
         decay, starts, C_T, None, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
-    return h, C_T, n[:, :, -1].clone(), m[:, :, -1].clone(), *saved
+    final = (C_T, n[:, :, -1].clone(), m[:, :, -1].clone()) if return_state else _no_state(q)
+    return h, *final, *saved
 
 
 def launch_backward(
@@ -1221,7 +1227,7 @@ def launch_backward(
 
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
-    dC_0 = empty(B, NH, DQK, DHV)
+    dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
     forward_rows, rows = rows, torch.empty_like(rows)
     rows_backward_kernel[(ceil_div(NT, 8) * BH,)](forward_rows, S, rows, T, NT, BLOCK, 8, num_warps=4)
     rows_ = describe_rows(rows, 8, BLOCK)
@@ -1270,24 +1276,28 @@ def launch_backward(
         )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
-    dn_0, dm_0, di_rest, df_bar_rest = dn[:, :, 0].clone(), dn.new_zeros(B, NH), None, None
+    dstate, di_rest, df_bar_rest = _no_state(q), None, None
     # In float64, so that how PyTorch adds, which depends on the size of a batch, does not show in float32.
     if C_0 is not None:
+        dn_0 = dn[:, :, 0].clone()
         dm_0 = (
             (C_0 * dC_0).sum(dim=(-2, -1), dtype=torch.float64) + (n_0 * dn_0).sum(dim=-1, dtype=torch.float64)
         ).float()
+        dstate = dC_0, dn_0, dm_0
     if dC_T is not None:
         overlap_T = (C_T * dC_T).sum(dim=(-2, -1), dtype=torch.float64)
         overlap_T = (overlap_T + (n[:, :, -1] * dn_T).sum(dim=-1, dtype=torch.float64)).float()
         m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
         di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap_T)
-        di_rest, df_bar_rest, dm_0 = di_rest.float().contiguous(), df_bar_rest.float().contiguous(), dm_0 + dm_0_rest
+        di_rest, df_bar_rest = di_rest.float().contiguous(), df_bar_rest.float().contiguous()
+        if C_0 is not None:
+            dstate = dC_0, dn_0, dm_0 + dm_0_rest
     dgates_kernel[(borders.shape[2] * BH,)](
         f, decay, n, dn, q_dq_tile, q_dq_state, k_dk_tile, k_dk_state, carry, di_rest, df_bar_rest, di, df,
         *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, BLOCK_DQK, num_warps=4,
     )  # fmt: skip
-    return dq, dk, dv, di, df, dC_0, dn_0, dm_0
+    return dq, dk, dv, di, df, *dstate
 
 
 # torch.compile sees each of the two as one operation that it need not look into.
@@ -1296,18 +1306,19 @@ backward_op = torch.library.custom_op("tfla::mlstm_hopper_backward", launch_back
 
 
 @forward_op.register_fake
-def _(q, k, v, i, f, C_0, n_0, m_0, assume_norm):
+def _(q, k, v, i, f, C_0, n_0, m_0, assume_norm, return_state):
     saved = (q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(q, v))
-    return torch.empty_like(v), *_empty_state(q, v), *saved
+    return torch.empty_like(v), *(_empty_state(q, v) if return_state or v.numel() == 0 else _no_state(q)), *saved
 
 
 @backward_op.register_fake
-def _(dh, dC_T, dn_T, dm_T, q, k, v, i, f, *_):
-    return *(torch.empty_like(x) for x in (q, k, v, i, f)), *_empty_state(q, v)
+def _(dh, dC_T, dn_T, dm_T, q, k, v, i, f, C_0, *_):
+    dstate = _no_state(q) if C_0 is None and dh.numel() > 0 else _empty_state(q, v)
+    return *(torch.empty_like(x) for x in (q, k, v, i, f)), *dstate
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.assume_norm = inputs
+    *tensors, ctx.assume_norm, _ = inputs
     _, C_T, _, _, *saved = output
     ctx.save_for_backward(*tensors, C_T, *saved)
     ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
@@ -1320,7 +1331,7 @@ def backward(ctx, dh, dC_T, dn_T, dm_T, *_):
         dstate = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(_empty_state(q, v), dstate, strict=True)]
     dh = torch.zeros_like(v) if dh is None else dh
     gradients = backward_op(dh, *dstate, q, k, v, i, f, C_0, *rest, ctx.assume_norm)
-    return *gradients[:5], *(gradients[5:] if C_0 is not None else (None, None, None)), None
+    return *gradients[:5], *(gradients[5:] if C_0 is not None else (None, None, None)), None, None
 
 
 forward_op.register_autograd(backward, setup_context=setup_context)
@@ -1386,7 +1397,7 @@ def mlstm_hopper(
     if not isinstance(assume_norm, bool):
         raise TypeError(f"assume_norm must be True or False, got {assume_norm!r}")
     C_0, n_0, m_0 = (None, None, None) if initial_state is None else initial_state
-    h, C, n, m, *_ = forward_op(q, k, v, i, f, C_0, n_0, m_0, assume_norm)
+    h, C, n, m, *_ = forward_op(q, k, v, i, f, C_0, n_0, m_0, assume_norm, return_state)
     return (h, (C, n, m)) if return_state else h
 
 
@@ -1395,6 +1406,11 @@ def _empty_state(q: Tensor, v: Tensor) -> State:
     """The memory before anything was written."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     return tuple(torch.zeros(shape, dtype=dtype, device=q.device) for shape in _state_shapes(q, v))
+
+
+def _no_state(q: Tensor) -> State:
+    """In place of a state, or of its gradient, that nobody asked for: in short sequences it is much to write."""
+    return tuple(torch.empty(0, dtype=torch.float32, device=q.device) for _ in range(3))
 
 
 # same as 02_parallel/mlstm_parallel.py::_state_shapes

@@ -28,6 +28,7 @@ Glossary (name in code = symbol = shape):
     rows     of each tile eight rows of 64 steps in float32                   (B * NH * tiles * 8, 64)
                0, 1  log2 of s e^b, and of sigmoid(i) e^-b
                2, 3  start, end: where in the tile step i's document begins, and where step j's ends
+               4, 7  nothing; stage 04 has more numbers to keep
                5     w_read: s e^b, weight of the tile's first state
                6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
     decay    e^g of each tile                                                 (B, NH, tiles)
@@ -136,8 +137,10 @@ def rows_kernel(
     tl.store(row + BLOCK, (u * LOG2_E).to(tl.float32), mask=mask)
     tl.store(row + 2 * BLOCK, start.to(tl.float32), mask=mask)
     tl.store(row + 3 * BLOCK, end.to(tl.float32), mask=mask)
+    tl.store(row + 4 * BLOCK, tl.zeros_like(w_read), mask=mask)
     tl.store(row + 5 * BLOCK, w_read, mask=mask)
     tl.store(row + 6 * BLOCK, w_end, mask=mask)
+    tl.store(row + 7 * BLOCK, tl.zeros_like(w_end), mask=mask)
     tl.store(decay_ptr + bh * NT + tile[:, None], decay, mask=mask)
 
 
@@ -416,8 +419,9 @@ def keys_state_partition(
             border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
             gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
     tma.store_wait(0)
-    if (first == 0) if BACKWARD else (first + count == NT):
-        gl.store(last_ptr + k * DHV + v, C, mask=inside)
+    if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
+        if (first == 0) if BACKWARD else (first + count == NT):
+            gl.store(last_ptr + k * DHV + v, C, mask=inside)
 
 
 @gluon.jit
@@ -444,7 +448,9 @@ def state_times_keys_kernel(
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
     fence_async_shared()
-    decay_ptr, last_ptr = decay_ptr + bh * NT, last_ptr + bh * DQK * DHV
+    decay_ptr += bh * NT
+    if last_ptr is not None:
+        last_ptr += bh * DQK * DHV
     border_ptr += bh * borders * DQK * DHV
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
@@ -789,17 +795,17 @@ def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtyp
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None, return_state: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h, the final state, and what the backward pass will need."""
+    """h, the final state if it is asked for, and what the backward pass will need."""
     _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
     BH, NT = B * NH, ceil_div(T, BLOCK)
     h, C_0 = torch.empty_like(v), None if C_0 is None else C_0.contiguous()
-    C_T = torch.empty(B, NH, DQK, DHV, dtype=torch.float32, device=q.device)
     saved = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in saved_shapes(q, v)]
     if h.numel() == 0:
-        return h, C_T.zero_() if C_0 is None else C_T.copy_(C_0), *saved
+        return h, *(_empty_state(q, v) if C_0 is None else [C_0.clone()]), *saved
+    C_T = torch.empty(B, NH, DQK, DHV, dtype=torch.float32, device=q.device) if return_state else None
     rows, decay, borders = saved
     rows_kernel[(ceil_div(NT, 8) * BH,)](
         i, f, rows, decay, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4
@@ -813,7 +819,7 @@ def launch_forward(
         keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, None, borders, None,
         NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
-    return h, C_T, *saved
+    return h, *((C_T,) if return_state else _no_state(q)), *saved
 
 
 def launch_backward(
@@ -828,11 +834,11 @@ def launch_backward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    dC_0 = empty(B, NH, DQK, DHV)
     if dh.numel() == 0:
-        return dq, dk, dv, di, df, dC_0.zero_() if dC_T is None else dC_0.copy_(dC_T)
+        return dq, dk, dv, di, df, *(_empty_state(q, v) if dC_T is None else [dC_T.clone()])
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
+    dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
     rows_ = describe_rows(rows, 8, BLOCK)
 
     # dv, with <C, dC> at the borders and at the end
@@ -870,7 +876,7 @@ def launch_backward(
         *i.stride(), *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,
     )  # fmt: skip
-    return dq, dk, dv, di, df, dC_0
+    return dq, dk, dv, di, df, *((dC_0,) if C_0 is not None else _no_state(q))
 
 
 # torch.compile sees each of the two as one operation that it need not look into.
@@ -879,19 +885,20 @@ backward_op = torch.library.custom_op("tfla::mlstmsig_hopper_backward", launch_b
 
 
 @forward_op.register_fake
-def _(q, k, v, i, f, C_0):
+def _(q, k, v, i, f, C_0, return_state):
     saved = (q.new_empty(shape, dtype=dtype) for shape, dtype in saved_shapes(q, v))
-    return torch.empty_like(v), *_empty_state(q, v), *saved
+    return torch.empty_like(v), *(_empty_state(q, v) if return_state or v.numel() == 0 else _no_state(q)), *saved
 
 
 @backward_op.register_fake
-def _(dh, dC_T, q, k, v, i, f, *_):
-    return *(torch.empty_like(x) for x in (q, k, v, i, f)), *_empty_state(q, v)
+def _(dh, dC_T, q, k, v, i, f, C_0, *_):
+    dstate = _no_state(q) if C_0 is None and dh.numel() > 0 else _empty_state(q, v)
+    return *(torch.empty_like(x) for x in (q, k, v, i, f)), *dstate
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *_, C_0 = inputs
-    ctx.save_for_backward(*inputs, *output[1:])
+    *tensors, C_0, _ = inputs
+    ctx.save_for_backward(*tensors, C_0, *output[1:])
     ctx.with_state = C_0 is not None
     ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
 
@@ -899,7 +906,7 @@ def setup_context(ctx, inputs, output) -> None:
 def backward(ctx, dh, dC_T, *_):
     dh = torch.zeros_like(ctx.saved_tensors[2]) if dh is None else dh
     *gradients, dC_0 = backward_op(dh, dC_T, *ctx.saved_tensors)
-    return *gradients, dC_0 if ctx.with_state else None
+    return *gradients, dC_0 if ctx.with_state else None, None
 
 
 forward_op.register_autograd(backward, setup_context=setup_context)
@@ -939,7 +946,7 @@ def mlstmsig_hopper(
     _check_inputs(q, k, v, i, f, initial_state)
     _check_hopper(q, k, v)
     (C_0,) = (None,) if initial_state is None else initial_state
-    h, C, *_ = forward_op(q, k, v, i, f, C_0)
+    h, C, *_ = forward_op(q, k, v, i, f, C_0, return_state)
     return (h, (C,)) if return_state else h
 
 
@@ -950,6 +957,11 @@ def mlstmsig_hopper(
 def _empty_state(q: Tensor, v: Tensor) -> State:
     """The memory before anything was written, for a sequence or for a step."""
     return (torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], dtype=torch.float32, device=q.device),)
+
+
+def _no_state(q: Tensor) -> State:
+    """In place of a state, or of its gradient, that nobody asked for: in short sequences it is much to write."""
+    return (torch.empty(0, dtype=torch.float32, device=q.device),)
 
 
 # same as 05_mlstmsig/mlstmsig_tfla.py::_check_inputs

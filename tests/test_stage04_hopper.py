@@ -355,7 +355,7 @@ def test_opcheck(with_state):
     """PyTorch's own test of a registered operation: schema, fake kernel, autograd registration, tracing."""
     inputs, _, state, _ = make(1, 2, 40, 8, 8)
     parts = state if with_state else (None,) * 3
-    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), *parts, False))
+    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), *parts, False, with_state))
 
 
 @ON_HOPPER

@@ -119,7 +119,7 @@ def test_rows_of_gates(regime):
         i, f = (x[:, :, tile * BLOCK : (tile + 1) * BLOCK].double() for x in inputs[3:])
         steps = i.shape[-1]
         W, w_state = gate_weights(i, f)
-        row, u, start, end, _, w_read, w_end, _ = rows[:, :, tile].unbind(2)
+        row, u, start, end, rest, w_read, w_end, more = rows[:, :, tile].unbind(2)
         exponent = (row[..., :, None] + u[..., None, :]) * math.log(2)
         causal = step[:, None] >= step
         forward, backward = step >= start[..., :, None], step[:, None] < end[..., None, :]
@@ -130,6 +130,7 @@ def test_rows_of_gates(regime):
         torch.testing.assert_close(w_end[..., :steps], W[..., -1, :], rtol=1e-5, atol=1e-30)
         torch.testing.assert_close(decay[:, :, tile], w_state[..., -1], rtol=1e-5, atol=1e-30)
         assert (w_end[..., steps:] == 0).all()
+        assert (rest == 0).all() and (more == 0).all()  # noqa: PT018
         assert (u[..., steps:] < -1e30).all()
 
 
@@ -275,7 +276,8 @@ def test_gates_in_either_dtype(gate_dtype):
 def test_opcheck(with_state):
     """PyTorch's own test of a registered operation: schema, fake kernel, autograd registration, tracing."""
     inputs, _, state, _ = make(1, 2, 40, 8, 8)
-    torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), state[0] if with_state else None))
+    arguments = (*(x.requires_grad_() for x in inputs), state[0] if with_state else None, with_state)
+    torch.library.opcheck(stage.forward_op, arguments)
 
 
 @ON_HOPPER

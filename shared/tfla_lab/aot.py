@@ -154,7 +154,7 @@ def mlstm_hopper(stage, dtype: str):
         with catch_launches() as launches:
             for start, SPAN in ((state, 16), ((None,) * 3, 16), ((None,) * 3, 8)):
                 stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
-                _, C_T, _, _, *saved = stage.launch_forward(*x, *start, False)
+                _, C_T, _, _, *saved = stage.launch_forward(*x, *start, False, start[0] is not None)
                 stage.launch_backward(h, *start, *x, *start, C_T, *saved, False)
         yield f"{dtype} {DQK}/{DHV}", launches
 
@@ -191,7 +191,7 @@ def mlstmsig_hopper(stage, dtype: str):
         with catch_launches() as launches:
             for start, SPAN in ((C_0, 16), (None, 16), (None, 8)):
                 stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
-                _, *saved = stage.launch_forward(*x, start)
+                _, *saved = stage.launch_forward(*x, start, start is not None)
                 stage.launch_backward(h, start, *x, start, *saved)
         yield f"{dtype} {DQK}/{DHV}", launches
 
