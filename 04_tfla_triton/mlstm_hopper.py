@@ -1111,6 +1111,11 @@ def values_options(DQK: int, DHV: int) -> dict:
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
 
+def tiles_at_once(NT: int) -> int:
+    """Of vectors_kernel: many in long sequences, where the loop over them takes its time; no more than there are."""
+    return max(16, min(128, power_of_2(NT)))
+
+
 def span_of(q: Tensor, NT: int, tiles: int) -> int:
     """Tiles in a span: the whole sequence, or less of it where multiprocessors would stay without a program."""
     if q.device.type == "meta":
@@ -1194,7 +1199,9 @@ def launch_forward(
     rows_kernel[(groups,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4)
     BLOCK_DQK = power_of_2(DQK)
     sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, BLOCK_DQK, num_warps=2)
-    vectors_kernel[(ceil_div(DQK, 16) * BH,)](x, decay, state[1], n, n_parts, NT, DQK, False, 128, 16, num_warps=4)
+    vectors_kernel[(ceil_div(DQK, 16) * BH,)](
+        x, decay, state[1], n, n_parts, NT, DQK, False, tiles_at_once(NT), 16, num_warps=4
+    )
 
     o = keys_options(DQK, DHV)
     tiles = ceil_div(DHV, o["BV"])
@@ -1262,7 +1269,9 @@ def launch_backward(
     x, dn, BLOCK_DQK = empty(B, NH, NT, DQK), torch.empty_like(n), power_of_2(DQK)
     sums_kernel[(NT * BH,)](q, rows, x, *q.stride()[:3], T, NT, NH, DQK, True, BLOCK, BLOCK_DQK, num_warps=2)
     dn_T = None if dn_T is None else dn_T.contiguous()
-    vectors_kernel[(ceil_div(DQK, 16) * BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 128, 16, num_warps=4)
+    vectors_kernel[(ceil_div(DQK, 16) * BH,)](
+        x, decay, dn_T, dn, None, NT, DQK, True, tiles_at_once(NT), 16, num_warps=4
+    )
 
     # dq and dk
     q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = empty(4, tiles_k, B, NH, T)
@@ -1318,7 +1327,7 @@ def _(dh, dC_T, dn_T, dm_T, q, k, v, i, f, C_0, *_):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.assume_norm, _ = inputs
+    *tensors, ctx.assume_norm, ctx.return_state = inputs
     _, C_T, _, _, *saved = output
     ctx.save_for_backward(*tensors, C_T, *saved)
     ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
@@ -1326,7 +1335,7 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, dh, dC_T, dn_T, dm_T, *_):
     q, k, v, i, f, C_0, *rest = ctx.saved_tensors
-    dstate = [dC_T, dn_T, dm_T]
+    dstate = [dC_T, dn_T, dm_T] if ctx.return_state else [None] * 3  # what stands in a state's place has no gradient
     if any(x is not None for x in dstate):
         dstate = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(_empty_state(q, v), dstate, strict=True)]
     dh = torch.zeros_like(v) if dh is None else dh

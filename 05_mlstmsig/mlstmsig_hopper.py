@@ -897,7 +897,7 @@ def _(dh, dC_T, q, k, v, i, f, C_0, *_):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *tensors, C_0, _ = inputs
+    *tensors, C_0, ctx.return_state = inputs
     ctx.save_for_backward(*tensors, C_0, *output[1:])
     ctx.with_state = C_0 is not None
     ctx.set_materialize_grads(False)  # a state that nobody used has the gradient None, and needs no work
@@ -905,6 +905,7 @@ def setup_context(ctx, inputs, output) -> None:
 
 def backward(ctx, dh, dC_T, *_):
     dh = torch.zeros_like(ctx.saved_tensors[2]) if dh is None else dh
+    dC_T = dC_T if ctx.return_state else None  # what stands in a state's place has no gradient
     *gradients, dC_0 = backward_op(dh, dC_T, *ctx.saved_tensors)
     return *gradients, dC_0 if ctx.with_state else None, None
 

@@ -209,9 +209,9 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, arguments, mess
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "whole train prefill decode: 13 kernels, 4 steps, 8 lengths, 4 shapes"),
+        ("", "whole train prefill decode: 14 kernels, 4 steps, 8 lengths, 4 shapes"),
         ("--only mlstm_tfla", "whole train prefill: 1 kernels, 0 steps, 8 lengths, 4 shapes"),
-        ("--quick", "part train: 13 kernels, 0 steps, 2 lengths, 2 shapes"),
+        ("--quick", "part train: 14 kernels, 0 steps, 2 lengths, 2 shapes"),
         ("--T 512 --only mlstm_tfla --chunk-size 64 128", "part train: 1 kernels, 0 steps, 1 lengths, 1 shapes"),
         ("--heads 8 --dqk 256 --dhv 512 --only mlstm_tfla", "part train: 1 kernels, 0 steps, 8 lengths, 1 shapes"),
         ("--decode mlstm_decode_step", "part decode: 0 kernels, 1 steps, 0 lengths, 1 shapes"),

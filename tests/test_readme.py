@@ -88,6 +88,16 @@ def test_tables_of_decoding_and_of_compilation(stage):
     assert f"Triton {compiled['triton']}" in readme
 
 
+@pytest.mark.parametrize(("stage", "kernel"), [("04_tfla_triton", "mlstm_hopper"), ("05_mlstmsig", "mlstmsig_hopper")])
+def test_tables_of_the_hopper_kernels(stage, kernel):
+    from tfla_lab.bench import table
+    from tfla_lab.bench_report import rows_of, walks_table
+
+    readme, result = (ROOT / stage / "README.md").read_text(), load("bench_h200.json")
+    assert table(list(rows_of(result, "train", kernel).values())) in readme
+    assert stage == "05_mlstmsig" or walks_table(result) in readme
+
+
 def test_tables_of_the_language_model():
     from tfla_lab.lm_report import generation_table, runs_table
 

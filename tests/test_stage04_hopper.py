@@ -4,6 +4,8 @@ There is no interpreter for Gluon: its kernels run on a Hopper GPU or not at all
 the checks of arguments and the passes over the gates are tested.
 """
 
+from types import SimpleNamespace
+
 import properties
 import pytest
 import torch
@@ -356,6 +358,21 @@ def test_opcheck(with_state):
     inputs, _, state, _ = make(1, 2, 40, 8, 8)
     parts = state if with_state else (None,) * 3
     torch.library.opcheck(stage.forward_op, (*(x.requires_grad_() for x in inputs), *parts, False, with_state))
+
+
+def test_what_stands_in_place_of_a_state_has_no_gradient(monkeypatch):
+    """Autograd may send one back for it, as opcheck does. The kernels, which would read it as a state, must not see it."""
+    asked = []
+    monkeypatch.setattr(
+        stage, "backward_op", lambda dh, dC_T, dn_T, dm_T, *_: asked.append((dC_T, dn_T, dm_T)) or [dh] * 8
+    )
+    (q, k, v, i, f), dh, state, _ = make(1, 1, 8, 8, 8)
+    for return_state in (False, True):
+        saved = (q, k, v, i, f, None, None, None, *(dh,) * 6)
+        ctx = SimpleNamespace(saved_tensors=saved, assume_norm=False, return_state=return_state)
+        stage.backward(ctx, dh, *(state if return_state else [torch.zeros(0)] * 3))
+    assert asked[0] == (None, None, None)
+    assert all(torch.equal(x, y) for x, y in zip(asked[1], state, strict=True))
 
 
 @ON_HOPPER

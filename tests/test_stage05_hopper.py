@@ -5,6 +5,7 @@ the checks of arguments and the passes over the gates are tested.
 """
 
 import math
+from types import SimpleNamespace
 
 import properties
 import pytest
@@ -278,6 +279,19 @@ def test_opcheck(with_state):
     inputs, _, state, _ = make(1, 2, 40, 8, 8)
     arguments = (*(x.requires_grad_() for x in inputs), state[0] if with_state else None, with_state)
     torch.library.opcheck(stage.forward_op, arguments)
+
+
+def test_what_stands_in_place_of_a_state_has_no_gradient(monkeypatch):
+    """Autograd may send one back for it, as opcheck does. The kernels, which would read it as a state, must not see it."""
+    asked = []
+    monkeypatch.setattr(stage, "backward_op", lambda dh, dC_T, *_: asked.append(dC_T) or [dh] * 6)
+    (q, k, v, i, f), dh, (C,), _ = make(1, 1, 8, 8, 8)
+    for return_state in (False, True):
+        saved = (q, k, v, i, f, None, *(dh,) * 4)
+        ctx = SimpleNamespace(saved_tensors=saved, with_state=False, return_state=return_state)
+        stage.backward(ctx, dh, C if return_state else torch.zeros(0))
+    assert asked[0] is None
+    assert torch.equal(asked[1], C)
 
 
 @ON_HOPPER

@@ -137,6 +137,24 @@ def prefill_table(result: dict) -> str:
     return table_over(result, "prefill", KERNELS, "{forward_ms:.2f}", "kernel", "T = {:,}")
 
 
+# What the kernels of mlstm_hopper.py and mlstmsig_hopper.py compute that walk along the sequence.
+WALKS = {
+    "state_times_keys": "h", "state_times_keys, 2": "dv", "dh_h": "dh · h", "state_times_values": "dq",
+    "state_times_values, 2": "dk",
+}  # fmt: skip
+
+
+def walks_table(result: dict) -> str:
+    """What forward + backward at one length consist of, in ms."""
+    lines = []
+    for name in ("mlstm_hopper", "mlstmsig_hopper"):
+        times = rows_of(result, "train", name)[HEADLINE]["kernels_ms"]
+        rest = sum(time for kernel, time in times.items() if kernel not in WALKS)
+        lines.append([f"`{name}`", *(f"{times[kernel]:.2f}" if kernel in times else "" for kernel in WALKS)])
+        lines[-1] += [f"{rest:.2f}", f"{sum(times.values()):.2f}"]
+    return markdown(["kernel", *WALKS.values(), "all others", "together"], lines)
+
+
 def steps_table(result: dict) -> str:
     """A step of generation, in µs."""
     return table_over(result, "decode", STEPS, "{step_us:.1f}", "step", "batch {}")
@@ -145,6 +163,11 @@ def steps_table(result: dict) -> str:
 def remarks(result: dict) -> str:
     """What a reader should know of each kernel, and everything that has no number."""
     lines = [f"- {k.title}: {k.note}." for k in KERNELS.values() if k.note and rows_of(result, "train", k.name)]
+    absent = [
+        kernel.title for kernel in KERNELS.values() if not any(row["kernel"] == kernel.name for row in result["rows"])
+    ]
+    if absent:
+        lines.append(f"- Not measured in this run: {', '.join(absent)}.")
     found = collections.defaultdict(list)
     for row in result["rows"]:
         if said(row):
@@ -166,6 +189,11 @@ def section(result: dict) -> str:
     """The README's section."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     NH, DQK, DHV = MAIN
+    measured, more = {row.get("pass") for row in result["rows"]}, ""
+    if "prefill" in measured:
+        more += f"One long sequence, forward with the state after it, in ms:\n\n{prefill_table(result)}\n\n"
+    if "decode" in measured:
+        more += f"A step of generation, in µs, as it runs in a CUDA graph:\n\n{steps_table(result)}\n\n"
     return f"""## Against others' kernels
 
 65,536 tokens in bfloat16 at each length, {NH} heads with d_qk = {DQK}, d_hv = {DHV} (attention: as wide, with heads of 128).
@@ -182,15 +210,7 @@ Other head dimensions, heads × (d_qk, d_hv), at T = {HEADLINE:,}:
 
 {shapes_table(result)}
 
-One long sequence, forward with the state after it, in ms:
-
-{prefill_table(result)}
-
-A step of generation, in µs, as it runs in a CUDA graph:
-
-{steps_table(result)}
-
-{remarks(result)}
+{more}{remarks(result)}
 
 On an {result["device"]}, {result["date"]}, commit {result["commit"]}: {versions}. From
 [`{RESULT.name}`](shared/results/{RESULT.name}), written by `make bench`."""  # noqa: E501
