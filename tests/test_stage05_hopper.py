@@ -282,7 +282,7 @@ def test_opcheck(with_state):
 
 
 def test_what_stands_in_place_of_a_state_has_no_gradient(monkeypatch):
-    """Autograd may send one back for it, as opcheck does. The kernels, which would read it as a state, must not see it."""
+    """Autograd may send one back for it, as opcheck does; the kernels would read it as a state."""
     asked = []
     monkeypatch.setattr(stage, "backward_op", lambda dh, dC_T, *_: asked.append(dC_T) or [dh] * 6)
     (q, k, v, i, f), dh, (C,), _ = make(1, 1, 8, 8, 8)
