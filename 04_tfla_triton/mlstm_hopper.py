@@ -12,6 +12,7 @@ written and read again, and everything comes from memory once. Of a tile, with P
     and once more for the gradient of the queries:  dQ = w_read * (dH C^T + delta n) + dP K
 
 So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
+delta, the gradient through the normalizer, needs dh . h before them, from a walk of its own (dh_h_kernel).
 All stabilizers m and, as it takes little more than k, the normalizer state n of every tile come from passes before:
 
     forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> sums_kernel -> vectors_kernel -> h

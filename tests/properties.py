@@ -420,6 +420,7 @@ def gates_in_either_dtype(function, gate_dtype, cell="exp", dtype=torch.float16,
 
 def one_graph(function, dynamic, cell="exp", dtype=torch.float32, **options) -> None:
     """torch.compile: no breaks, states and gradients included, and for other lengths too."""
+    torch.compiler.reset()  # what other tests compiled of the function below counts towards a limit
 
     def model(q, k, v, i, f, state):
         h, final = function(q * 2, k, v, i, f, initial_state=state, return_state=True, **options)
