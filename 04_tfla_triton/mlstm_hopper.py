@@ -1246,7 +1246,8 @@ def launch_backward(
     SPAN = span_of(q, NT, tiles_v)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
     carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
-    carry[..., -1] = 0
+    if dC_T is None:
+        carry[..., -1] = 0
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
         keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None if dC_T is None else C_T, None,

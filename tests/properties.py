@@ -329,25 +329,14 @@ def finite_at_extremes(function, dtype, cell="exp", **options) -> None:
 # What a Triton form must satisfy besides
 # ---------------------------------------------------------------------------------------------------------------------
 def compare_with_chunkwise(
-    function,
-    B,
-    NH,
-    T,
-    DQK,
-    DHV,
-    *,
-    dtype,
-    regime="typical",
-    chunk_size=None,
-    leave_out=(),
-    cell="exp",
-    shift_f=0.0,
-) -> None:
+    function, B, NH, T, DQK, DHV, *, dtype, regime="typical", with_state=True, chunk_size=None, leave_out=(),
+    cell="exp", shift_f=0.0,
+) -> None:  # fmt: skip
     """A form against stage 03's chunkwise form in float64 on the same numbers: sizes at which the oracle is slow."""
-    inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime, cell=cell)
+    inputs, dh, state, dstate = make(B, NH, T, DQK, DHV, dtype=dtype, regime=regime, with_state=with_state, cell=cell)
     inputs.f.add_(shift_f)
     wide = Inputs(*(x.double() for x in inputs))
-    wide_state, wide_dstate = (tuple(x.double() for x in y) for y in (state, dstate))
+    wide_state, wide_dstate = (y and tuple(x.double() for x in y) for y in (state, dstate))
     expected = run_torch(FORMS[CHUNKWISE[cell]].load(), wide, dh.double(), initial_state=wide_state, dstate=wide_dstate)
     options = {} if chunk_size is None else {"chunk_size": chunk_size}
     actual = run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
@@ -355,8 +344,8 @@ def compare_with_chunkwise(
     compare_with(inputs, dh, expected, actual, dtype, state=state, dstate=dstate, chunk_size=chunk_size, cell=cell)
 
 
-def the_same_call_gives_the_same_bits(function, dtype, cell="exp", **options) -> None:
-    inputs, dh, state, dstate = make(2, 2, 100, 24, 40, dtype=dtype, cell=cell)
+def the_same_call_gives_the_same_bits(function, dtype, cell="exp", sizes=(2, 2, 100, 24, 40), **options) -> None:
+    inputs, dh, state, dstate = make(*sizes, dtype=dtype, cell=cell)
     first, *others = (
         run_torch(function, inputs, dh, initial_state=state, dstate=dstate, **options)
         for _ in range(3 if INTERPRETED else 20)

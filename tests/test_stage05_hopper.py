@@ -7,6 +7,7 @@ the checks of arguments and the passes over the gates are tested.
 import math
 from types import SimpleNamespace
 
+import hopper
 import properties
 import pytest
 import torch
@@ -17,18 +18,13 @@ pytest.importorskip("triton.experimental.gluon", reason="no Triton here, or one 
 
 import mlstmsig_hopper as stage
 import mutants
+from hopper import BFLOAT16, ON_HOPPER
 from mlstmsig_hopper import mlstmsig_hopper
 from mlstmsig_reference import gate_weights
 from mlstmsig_tfla import mlstmsig_tfla
 from properties import DEVICE
 from tfla_lab.check import check, relative_error, to_numpy
-from tfla_lab.forms import CHUNKWISE, FORMS, GRADIENTS, oracle, run_torch
-from tfla_lab.inputs import random_inputs
-
-BFLOAT16 = torch.bfloat16
-ON_HOPPER = pytest.mark.skipif(
-    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU: Gluon has no interpreter"
-)
+from tfla_lab.forms import GRADIENTS, oracle, run_torch
 
 
 def make(*sizes, dtype=BFLOAT16, **options):
@@ -68,17 +64,10 @@ def test_short_and_long_memory(DQK, DHV, shift_f):
 @pytest.mark.parametrize(("T", "DQK", "DHV"), [(1024, 64, 64), (8192, 128, 256), (5000, 72, 104)])
 def test_few_sequences_are_cut_into_spans(T, DQK, DHV, with_state):
     tiles = -(-T // stage.BLOCK)
-    inputs, dh, state, dstate = make(1, 2, T, DQK, DHV, with_state=with_state)
-    assert stage.span_of(inputs.q, tiles, 1) < tiles
-    actual = run_torch(mlstmsig_hopper, inputs, dh, initial_state=state, dstate=dstate)
-    wide, wide_state, wide_dstate = (
-        None if x is None else type(x)(*y) if hasattr(x, "_fields") else tuple(y)
-        for x, y in ((x, [z.double() for z in x] if x is not None else None) for x in (inputs, state, dstate))
+    assert stage.span_of(torch.empty(1, 2, T, DQK, device=DEVICE), tiles, 1) < tiles
+    properties.compare_with_chunkwise(
+        mlstmsig_hopper, 1, 2, T, DQK, DHV, dtype=BFLOAT16, with_state=with_state, cell="sig"
     )
-    expected = run_torch(
-        FORMS[CHUNKWISE["sig"]].load(), wide, dh.double(), initial_state=wide_state, dstate=wide_dstate
-    )
-    properties.compare_with(inputs, dh, expected, actual, BFLOAT16, state=state, dstate=dstate, cell="sig")
 
 
 @ON_HOPPER
@@ -94,11 +83,11 @@ def test_equals_the_recurrence(case, DQK, DHV):
 def test_equals_its_portable_twin():
     """At full size, each no further from the other than its budget allows it to be from the truth."""
     inputs, dh, state, dstate = make(2, 16, 4096, 128, 256)
-    hopper, portable = (
+    own, portable = (
         run_torch(form, inputs, dh, initial_state=state, dstate=dstate) for form in (mlstmsig_hopper, mlstmsig_tfla)
     )
     for name in ("h", *GRADIENTS, "dC_0", "C"):
-        assert relative_error(hopper[name], portable[name]) < 2 * properties.budget(name, "bfloat16"), name
+        assert relative_error(own[name], portable[name]) < 2 * properties.budget(name, "bfloat16"), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,39 +214,17 @@ def test_nan_in_a_gate_is_seen():
 @pytest.mark.parametrize("T", [100, 4096])
 def test_twenty_runs_give_the_same_bits(T):
     """Warps that wait for each other would show here if one did not wait long enough."""
-    inputs, dh, state, dstate = make(2, 16, T, 128, 256)
-    first = run_torch(mlstmsig_hopper, inputs, dh, initial_state=state, dstate=dstate)
-    for _ in range(19):
-        other = run_torch(mlstmsig_hopper, inputs, dh, initial_state=state, dstate=dstate)
-        assert all(torch.equal(first[name], other[name]) for name in first)
+    properties.the_same_call_gives_the_same_bits(mlstmsig_hopper, BFLOAT16, cell="sig", sizes=(2, 16, T, 128, 256))
 
 
 @ON_HOPPER
 def test_a_neighbour_that_is_not_a_number():
-    """The copy engine's tiles end where the sequence does, not where the tile would."""
-    inputs, dh, *_ = make(2, 2, 70, 64, 64, with_state=False)
-    clean = run_torch(mlstmsig_hopper, inputs, dh)
-    for x in (*inputs, dh):
-        x[0, 1:].fill_(torch.nan), x[1:].fill_(torch.nan)
-    spoilt = run_torch(mlstmsig_hopper, inputs, dh)
-    for name in ("h", *GRADIENTS):
-        assert torch.equal(clean[name][0, 0], spoilt[name][0, 0]), name
+    hopper.a_neighbour_that_is_not_a_number(mlstmsig_hopper)
 
 
 @ON_HOPPER
 def test_views_are_not_copied():
-    """(B, T, NH, D) tensors seen through a transpose, and slices of a larger tensor; h in the layout of v."""
-    B, NH, T, D = 2, 3, 140, 32
-    whole = torch.randn(B, T, NH, 3 * D, device=DEVICE, dtype=BFLOAT16)
-    q, k, v = whole.transpose(1, 2).split(D, dim=-1)
-    i, f = torch.randn(2, B, T, NH, device=DEVICE).transpose(2, 3)
-    for x in (q, k, v, i, f):
-        x.contiguous = lambda *_, **__: pytest.fail("an input was copied")
-    h = mlstmsig_hopper(q, k, v, i, f)
-    expected = mlstmsig_hopper(*(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, i, f)))
-    assert torch.equal(h, expected)
-    v = torch.randn(B, T, NH, D, device=DEVICE, dtype=BFLOAT16).transpose(1, 2)
-    assert mlstmsig_hopper(q, k, v, i, f).stride() == v.stride()
+    hopper.views_are_not_copied(mlstmsig_hopper)
 
 
 @ON_HOPPER
@@ -302,12 +269,7 @@ def test_torch_compile(dynamic):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_traces_into_one_graph(dynamic):
-    """Also without a GPU: torch.compile looks through all checks of arguments. What runs then is the launcher's own."""
-    compiled = torch.compile(mlstmsig_hopper, fullgraph=True, dynamic=dynamic, backend="eager")
-    for T in (40, 56):
-        x = torch.ones(1, 2, T, 8, dtype=BFLOAT16, requires_grad=True)
-        with pytest.raises(ValueError, match="q must be on a Hopper GPU"):
-            compiled(x, x, x, x[..., 0], x[..., 0], return_state=True)
+    hopper.traces_into_one_graph(mlstmsig_hopper, dynamic)
 
 
 @ON_HOPPER
@@ -323,32 +285,14 @@ def test_more_heads_than_a_grid_axis_may_have():
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------------------------------
-BAD = [
-    (lambda x: {"q": x.q[0]}, ValueError, r"q must have shape \(B, NH, T, D\)"),
-    (lambda x: {"f": 3.0}, TypeError, "f must be a torch.Tensor, got float"),
-    (lambda x: {"q": x.q.half(), "k": x.k.half(), "v": x.v.half()}, TypeError, "q must be bfloat16, got torch.float16"),
-    (lambda x: {"q": x.q[..., :12], "k": x.k[..., :12]}, ValueError, "q must have at most 128 columns, a multiple of"),
-    (lambda x: {"v": x.v.repeat(1, 1, 1, 40)}, ValueError, "v must have at most 256 columns, a multiple of 8, got 320"),
-    (lambda x: {"k": x.k.mT.contiguous().mT}, ValueError, "k must be contiguous in its last dimension .* got strides"),
-    (lambda x: {"k": torch.cat([x.k, x.k[..., :4]], -1)[..., :16]}, ValueError, "k must .* multiples of 8, "),
-    (lambda x: {"q": x.q[:, :1].expand_as(x.q)}, ValueError, "q must be .* got strides"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
+@pytest.mark.parametrize(("change", "error", "message"), hopper.BAD)
 def test_errors_name_the_argument(change, error, message):
-    inputs = random_inputs(1, 2, 5, 16, 8, dtype=torch.float32, device=DEVICE)
-    inputs = inputs._replace(q=inputs.q.to(BFLOAT16), k=inputs.k.to(BFLOAT16), v=inputs.v.to(BFLOAT16))
-    with pytest.raises(error, match=message):
-        mlstmsig_hopper(**(inputs._asdict() | change(inputs)))
+    hopper.error_names_the_argument(mlstmsig_hopper, change, error, message)
 
 
 @ON_HOPPER
 def test_an_odd_address_is_named():
-    x, *_ = make(1, 2, 70, 16, 8)
-    odd = torch.empty(x.v.numel() + 4, dtype=BFLOAT16, device=DEVICE)[4:].view_as(x.v)
-    with pytest.raises(ValueError, match="v must begin at a multiple of 16 bytes, got address"):
-        mlstmsig_hopper(*x._replace(v=odd))
+    hopper.odd_address_is_named(mlstmsig_hopper)
 
 
 def test_another_device_is_named():
