@@ -301,15 +301,21 @@ def rows_kernel(
 
 
 @triton.jit
-def rows_backward_kernel(rows_ptr, S_ptr, new_rows_ptr, T, NT, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """The rows with r in them, for the backward pass; no delta yet. Grid: (tiles / TILES) * B * NH."""
+def rows_backward_kernel(
+    rows_ptr, S_ptr, new_rows_ptr, T, NT, ASSUME_NORM: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """The rows with r in them, for the backward pass. Grid: (tiles / TILES) * B * NH.
+
+    In place of delta, -[|S| wins the max] sign(S) dh . h, there is what dh . h is to be multiplied by.
+    """
     groups = tl.cdiv(NT, TILES)
     bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
     offs_t = (tile * BLOCK + offs_l).to(tl.int64)
     offs, mask = (bh * NT + tile) * 8 * BLOCK + offs_l, tile < NT
     S = tl.load(S_ptr + bh * T + offs_t, mask=offs_t < T, other=0.0)
-    D = tl.maximum(tl.abs(S), tl.load(rows_ptr + offs + 7 * BLOCK, mask=mask, other=1.0))
+    floor = tl.load(rows_ptr + offs + 7 * BLOCK, mask=mask, other=1.0)
+    D = tl.maximum(tl.abs(S), floor)
     w_row = tl.load(rows_ptr + offs, mask=mask, other=0.0).to(tl.float64)
     w_row += tl.load(rows_ptr + offs + BLOCK, mask=mask, other=0.0).to(tl.float64)
     w_row, w_row_rest = two_parts(w_row - tl.log(D.to(tl.float64)) * LOG2_E)
@@ -318,26 +324,8 @@ def rows_backward_kernel(rows_ptr, S_ptr, new_rows_ptr, T, NT, BLOCK: tl.constex
     for row in tl.static_range(2, 7):
         x = tl.load(rows_ptr + offs + row * BLOCK, mask=mask, other=0.0)
         tl.store(new_rows_ptr + offs + row * BLOCK, x / D if row == 5 else x, mask=mask)
-    tl.store(new_rows_ptr + offs + 7 * BLOCK, tl.zeros_like(D), mask=mask)
-
-
-@triton.jit
-def delta_kernel(
-    rows_ptr, new_rows_ptr, S_ptr, dh_h_ptr, T, NT, BH, PARTS, BLOCK: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """delta = -[|S| wins the max] sign(S) dh . h of some tiles. Grid: (tiles / TILES) * B * NH."""
-    groups = tl.cdiv(NT, TILES)
-    bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
-    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
-    inside, row_7 = offs_t < T, ((bh * NT + tile) * 8 + 7) * BLOCK + offs_l
-    dh_h = tl.zeros((TILES, BLOCK), dtype=tl.float32)
-    for part in range(PARTS):
-        dh_h += tl.load(dh_h_ptr + (part * BH + bh) * T + offs_t, mask=inside, other=0.0)
-    S = tl.load(S_ptr + bh * T + offs_t, mask=inside, other=0.0)
-    floor = tl.load(rows_ptr + row_7, mask=inside, other=1.0)
-    delta = tl.where(tl.abs(S) > floor, tl.where(S > 0, -dh_h, dh_h), 0.0)
-    tl.store(new_rows_ptr + row_7, delta, mask=tile < NT)
+    sign = tl.where(tl.abs(S) > floor, tl.where(S > 0, -1.0, 1.0), 0.0)
+    tl.store(new_rows_ptr + offs + 7 * BLOCK, tl.zeros_like(sign) if ASSUME_NORM else sign, mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,8 +438,8 @@ def load_partition(
 
 
 @gluon.jit
-def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
-    """scores * Wr, with steps i as rows and j as columns; backward: scores * Wr^T.
+def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Wr, with steps i as rows and j as columns; backward: Wr^T.
 
     Either way a document is seen by the row's own bound. The exponent is masked, not the product: elsewhere it may be
     huge.
@@ -468,7 +456,7 @@ def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layou
         mask = (column >= row) & (column < (bounds & 127))
     else:
         mask = (column <= row) & (column >= (bounds >> 7) - 1)
-    return scores * gl.exp2(gl.where(mask, exponent + rest, -float("inf")))
+    return gl.exp2(gl.where(mask, exponent + rest, -float("inf")))
 
 
 @gluon.jit
@@ -491,7 +479,7 @@ def h_scores_partition(
         q_n = warpgroup_mma(q, n_smem.index(stage).permute((1, 0)), zero_narrow, use_acc=False, is_async=True)
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
-        P = apply_gates(scores, rows, False, BLOCK, layout)
+        P = scores * gates(rows, False, BLOCK, layout)
         S = gl.convert_layout(gl.sum(q_n, axis=1), vector) * rows.index(5).load(vector) + gl.sum(P, axis=1)
         r = 1.0 / gl.maximum(gl.maximum(S, -S), rows.index(7).load(vector))
         P = P * r[:, None]
@@ -509,10 +497,9 @@ def h_scores_partition(
 @gluon.jit
 def scores_partition(
     a_smem, b_smem, own_smem, other_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
-    BACKWARD: gl.constexpr, DELTA: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    P_STAGES: gl.constexpr,
+    DELTA: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16; with DELTA, (A B^T + delta_i) * Wr.
+    """P = A B^T * Wr^T of tile after tile, backward, in bfloat16; with DELTA, (A B^T + delta) * Wr^T.
 
     Where there are own and other rows, for the gates: the row sums of X = P * (own other^T), before P is rounded.
     """
@@ -520,18 +507,15 @@ def scores_partition(
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     for number in range(count):
-        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
+        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, True)
         mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
         rows = tile_rows(rows_smem, stage, BLOCK)
         scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         if DELTA:
-            if BACKWARD:
-                scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]
-            else:
-                scores += rows.index(7).load(gl.SliceLayout(1, layout))[:, None]
-        P = apply_gates(scores, rows, BACKWARD, BLOCK, layout)
+            scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]
+        P = scores * gates(rows, True, BLOCK, layout)
         mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
         fence_async_shared()
@@ -556,14 +540,18 @@ def weighted_keys(b, weight):
 
 
 @gluon.jit
-def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
-    """A tile of C^T (BV x BK) from C (DQK x DHV) in float32; 0 outside of it, or where there is none."""
+def load_state(
+    ptr, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, BR: gl.constexpr, BC: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """A tile (BR x BC) of C or of C^T, in float32; 0 outside of it, or where there is none."""
     if ptr is None:
-        return gl.zeros([BV, BK], gl.float32, layout=layout)
+        return gl.zeros([BR, BC], gl.float32, layout=layout)
     else:
-        v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
-        k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
-        return gl.load(ptr + k * DHV + v, mask=(v < DHV) & (k < DQK), other=0.0)
+        row = first_row + gl.arange(0, BR, layout=gl.SliceLayout(1, layout))[:, None]
+        column = first_column + gl.arange(0, BC, layout=gl.SliceLayout(0, layout))[None, :]
+        mask = (row < ROWS) & (column < COLUMNS)
+        return gl.load(ptr + row * stride_row + column * stride_column, mask=mask, other=0.0)
 
 
 @gluon.jit
@@ -606,18 +594,18 @@ def keys_state_partition(
     operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
     READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
     WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
-    C = load_state(first_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+    C = load_state(first_ptr, first_v, 0, 1, DHV, DHV, DQK, BV, BK, layout_C)
     zero = gl.zeros([BV, BLOCK], gl.float32, layout=layout_y)
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
     inside = (v < DHV) & (k < DQK)
     if end_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
         if first + count == NT:  # <C, dC> at the end of the sequence
-            C_T = load_state(end_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+            C_T = load_state(end_ptr, first_v, 0, 1, DHV, DHV, DQK, BV, BK, layout_C)
             gl.store(carry_ptr + (NT + BORDER - 1) // BORDER, gl.sum(gl.sum(C_T * C, axis=1), axis=0))
+    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
     for number in range(count):
         stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
-        decay = gl.load(decay_ptr + tile)
         if not BACKWARD and tile % BORDER == 0:
             gl.store(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, C.to(gl.bfloat16), mask=inside)
         C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
@@ -631,6 +619,7 @@ def keys_state_partition(
         fence_async_shared()
         read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
         C = C * decay
+        decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))
         mbarrier.wait(P_full.index(P_stage), number // P_STAGES & 1)
         if not BACKWARD:
             read = read * r_smem.index(P_stage).load(gl.SliceLayout(0, layout_y))[None, :]
@@ -661,8 +650,8 @@ def keys_scores_partition(
 ):  # fmt: skip
     if BACKWARD:
         scores_partition(
-            a_smem, b_smem, None, None, rows_smem, P_smem, None, full, empty, P_full, P_empty, first, count, T, True,
-            False, BLOCK, D, STAGES, P_STAGES,
+            a_smem, b_smem, None, None, rows_smem, P_smem, None, full, empty, P_full, P_empty, first, count, T, False,
+            BLOCK, D, STAGES, P_STAGES,
         )  # fmt: skip
     else:
         h_scores_partition(
@@ -745,233 +734,324 @@ def state_times_keys_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dq and dk
+# dq and delta
 # ---------------------------------------------------------------------------------------------------------------------
+# 8 rows of a column to each thread; half of the threads are there twice.
+SUMS_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 1], [1, 32], [1, 4], [1, 0]))
+
+
 @gluon.jit
-def values_state_partition(
-    y_desc, state_ptr, decay_ptr, first_ptr,
-    a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full,
-    P_empty, batch, head_, first_k, first, count, T,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
+def column_sums(x, sums):
+    """The sums of x (64 x 64) over its rows. Rows lie across lanes and warps: by way of shared memory it is quicker."""
+    sums.store(gl.sum(x.reshape([4, 2, 8, 64]), axis=1).reshape([32, 64]))
+    total = gl.sum(sums.slice(0, 8).load(SUMS_LAYOUT), axis=0)
+    for eighth in gl.static_range(1, 4):
+        total += gl.sum(sums.slice(eighth * 8, 8).load(SUMS_LAYOUT), axis=0)
+    return total
+
+
+@gluon.jit
+def dq_state_partition(
+    dq_desc, decay_ptr, first_ptr,
+    dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem, delta_smem, q_y_smem, weighted_smem, full, empty,
+    P_full, q_y_full, batch, head_, first, count,
+    HALF: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
     BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keeps a tile of C^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
-    WARPS: gl.constexpr = gl.num_warps()
-    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
-    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
-    READ: gl.constexpr = 6 if BACKWARD else 5
-    WRITE: gl.constexpr = 5 if BACKWARD else 6
-    C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
-    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
-    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        decay = gl.load(decay_ptr + tile)
-        C_smem.store(C.to(gl.bfloat16))
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        a, b = a_smem.index(stage).reshape([BLOCK, BV]), b_smem.index(stage).reshape([BLOCK, BK])
-        x, own = x_smem.index(stage).reshape([BLOCK, BV]), own_smem.index(stage).reshape([BLOCK, BK])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))
-        fence_async_shared()
-        C = C * decay
-        read = rows.index(READ).load(gl.SliceLayout(1, layout_y))[:, None]
+    """Keeps 64 rows of C in registers, in pieces of 64 columns, each in turn the left operand of a product.
 
-        y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
-        C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
-        n = n_smem.index(stage)._reinterpret(gl.float32, [1, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(0)
-        n = n.load(gl.SliceLayout(0, layout_y))[None, :]
-        if not BACKWARD:
-            n = n * rows.index(7).load(gl.SliceLayout(1, layout_y))[:, None]  # delta
-        mbarrier.wait(P_full.index(0), number & 1)
-        y = (warpgroup_mma_wait(1, deps=[y]) + n) * read
-        own_y = own.load(layout_y).to(gl.float32) * y
-        y = warpgroup_mma(P_smem.index(0), b, y, is_async=True)
-        offs_t = tile * BLOCK + offs_l
-        gl.store(state_ptr + offs_t, gl.sum(own_y, axis=1), mask=offs_t < T)  # the state's part of q . dq or k . dk
-        y, C = warpgroup_mma_wait(0, deps=[y, C])
-        tma.store_wait(0)
-        y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
+    There is no room for more than one such operand beside C, so one piece waits for the other. Meanwhile the other
+    half's warpgroup has the matrix unit. All products are transposed: y is C dH^T (64 x BLOCK).
+    """
+    PIECES: gl.constexpr = BV // 64
+    first_k: gl.constexpr = HALF * 64
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    vector: gl.constexpr = gl.SliceLayout(0, layout)
+    zero = gl.zeros([64, BLOCK], gl.float32, layout=layout)
+    # One buffer for three things of a tile: partial sums, then the weighted keys, then dq.
+    weighted = weighted_smem.index(HALF).reshape([BLOCK, 64])
+    sums = weighted_smem.index(HALF)._reinterpret(gl.float32, [32, 64], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    C = ()
+    for piece in gl.static_range(PIECES):
+        C = C + (load_state(first_ptr, first_k, piece * 64, DHV, 1, DQK, DHV, 64, 64, layout),)  # noqa: RUF005, Gluon knows +
+    decay = gl.load(decay_ptr + first)
+    for number in range(count):
+        stage, tile = number % STAGES, first + number
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        dh, v = dh_smem.index(stage).reshape([BLOCK, BV]), v_smem.index(stage).reshape([BLOCK, BV])
+        k = k_smem.index(stage).reshape([BLOCK, BK]).slice(first_k, 64, dim=1)
+        q = q_smem.index(stage).reshape([BLOCK, BK]).slice(first_k, 64, dim=1)
+        rows = tile_rows(rows_smem, stage, BLOCK)
+
+        y, decayed = zero, ()
+        for piece in gl.static_range(PIECES):
+            C_operand = gl.convert_layout(C[piece].to(gl.bfloat16), operand)
+            decayed = decayed + (C[piece] * decay,)  # noqa: RUF005, Gluon knows +
+            if piece > 0:
+                y = warpgroup_mma_wait(0, deps=[y])
+            dh_piece = dh.slice(piece * 64, 64, dim=1).permute((1, 0))
+            y = warpgroup_mma(C_operand, dh_piece, y, use_acc=piece > 0, is_async=True)
+        decay = gl.load(decay_ptr + gl.minimum(tile + 1, first + count - 1))
+        tma.store_wait(0)  # the last tile's dq has left its buffer
+        y = warpgroup_mma_wait(0, deps=[y])
+        q_y_smem.index(HALF).store(column_sums(q.permute((1, 0)).load(layout).to(gl.float32) * y, sums))
+        mbarrier.arrive(q_y_full.index(0), count=1)
+
+        # While the scores' warps find delta:
+        y = y * rows.index(5).load(vector)[None, :]
+        for half in gl.static_range(2):  # of the steps, to need fewer registers at a time
+            some = weighted_keys(k.slice(half * 32, 32), rows.index(6).slice(half * 32, 32))
+            weighted.slice(half * 32, 32).store(some)
         fence_async_shared()
-        mbarrier.arrive(P_empty.index(0), count=1)
+        C = ()
+        for piece in gl.static_range(PIECES):
+            v_piece = v.slice(piece * 64, 64, dim=1)
+            C = C + (warpgroup_mma(weighted.permute((1, 0)), v_piece, decayed[piece], is_async=True),)  # noqa: RUF005, Gluon knows +
+        n = n_smem.index(stage)._reinterpret(gl.float32, [BK // 64, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        n = n.index(HALF).load(gl.SliceLayout(1, layout))[:, None]
+        mbarrier.wait(P_full.index(0), number & 1)
+        y = y + n * delta_smem.load(vector)[None, :]
+        y = warpgroup_mma(k.permute((1, 0)), P_smem.permute((1, 0)), y, is_async=True)
+        done = warpgroup_mma_wait(0, deps=(y,) + C)  # noqa: RUF005, Gluon knows +
+        y, C = done[0], done[1:]
+        weighted.permute((1, 0)).store(y.to(gl.bfloat16))
+        fence_async_shared()
         mbarrier.arrive(empty.index(stage), count=1)
-        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_k], y_smem)
+        tma.async_copy_shared_to_global(dq_desc, [batch, head_, tile * BLOCK, first_k], weighted_smem.index(HALF))
     tma.store_wait(0)
 
 
 @gluon.jit
-def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, n_desc, rows_desc, X_ptr, state_ptr, decay_ptr, first_ptr,
-    T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
-    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+def dq_second_half_partition(
+    dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem, delta_smem, q_y_smem,
+    weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count,
+    BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Y = read * (A C^T + n) + P B, C <- decay C + (write * B)^T X, P = (A X^T + delta_i) * Wr, for BK columns of B, Y.
+    """Narrow heads have none."""
+    if BK > 64:
+        dq_state_partition(
+            dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem, delta_smem,
+            q_y_smem, weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count, 1, BLOCK, DQK, DHV,
+            BK, BV, STAGES,
+        )  # fmt: skip
 
-    Grid: (tiles of DQK) * spans * B * NH.
-    forward     A, B, X, Y = dH, K, V, dQ, n means delta_i n
-    backward    A, B, X, Y = V, Q, dH, dK, n and C are dn and dC
-    Also, for the gates, q . dq or k . dk in two parts: the tile's, the row sums of P * Q K^T, and the state's.
+
+@gluon.jit
+def dq_scores_partition(
+    dh_smem, k_smem, v_smem, q_smem, rows_smem, P_smem, delta_smem, q_y_smem, delta_ptr, q_dq_ptr, full, empty, P_full,
+    q_y_full, first, count, T,
+    BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """P = (dH V^T + delta) * Wr of tile after tile; before that delta, from dh . h.
+
+    dh . h is w_read q . y, in the state's warps, and the row sums of Q K^T * dH V^T * Wr, before anything is rounded.
+    From the h that was returned it would be wrong in its third digit, and dq and dk, where terms cancel, in their
+    second. q . dq is dh . h + delta S r, so where delta is not 0, q . dq is.
+
+    No one writes to P_smem while it is read: q . y comes after the product with the P before.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    vector: gl.constexpr = gl.SliceLayout(1, layout)
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=vector)
+    for number in range(count):
+        stage, tile = number % STAGES, first + number
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        dh, v = dh_smem.index(stage).reshape([BLOCK, BV]), v_smem.index(stage).reshape([BLOCK, BV])
+        k, q = k_smem.index(stage).reshape([BLOCK, BK]), q_smem.index(stage).reshape([BLOCK, BK])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        dP = warpgroup_mma(dh, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores]) * gates(rows, False, BLOCK, layout)
+        dP = warpgroup_mma_wait(0, deps=[dP])
+        dh_h, sign, read = gl.sum(scores * dP, axis=1), rows.index(7).load(vector), rows.index(5).load(vector)
+        Wr = gates(rows, False, BLOCK, layout)  # formed anew: there are not registers enough for three such tiles
+        dP = dP * Wr
+
+        mbarrier.wait(q_y_full.index(0), number & 1)
+        q_y = q_y_smem.index(0).load(vector)
+        if BK > 64:
+            q_y += q_y_smem.index(1).load(vector)
+        dh_h += read * q_y
+        delta = sign * dh_h
+        P_smem.store((dP + delta[:, None] * Wr).to(gl.bfloat16))
+        delta_smem.store(delta * read)
+        fence_async_shared()
+        mbarrier.arrive(P_full.index(0), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        gl.store(delta_ptr + tile * 8 * BLOCK + offs_l, delta)
+        offs_t = tile * BLOCK + offs_l
+        gl.store(q_dq_ptr + offs_t, gl.where(sign == 0.0, dh_h, 0.0), mask=offs_t < T)
+
+
+@gluon.jit
+def dq_kernel(
+    dh_desc, k_desc, v_desc, q_desc, dq_desc, n_desc, rows_desc, rows_ptr, q_dq_ptr, decay_ptr, first_ptr,
+    T, NT, NH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ = w_read * (dH C^T + delta n) + P K; also delta, which takes its place in the rows, and q . dq.
+
+    Grid: spans * B * NH. delta needs dh . h over all columns, so a program has all of d_qk: one half to each of two
+    warpgroups, as no warpgroup has registers for more of C.
+    """
+    HALVES: gl.constexpr = BK // 64
+    _, bh, batch, head_, first, count = program_of_span(1, NT, NH, SPAN)
+    spans = (NT + SPAN - 1) // SPAN
+    dh_smem, k_smem, v_smem = ring(dh_desc, STAGES), ring(k_desc, STAGES), ring(v_desc, STAGES)
+    q_smem, n_smem, rows_smem = ring(q_desc, STAGES), ring(n_desc, STAGES), ring(rows_desc, STAGES)
+    P_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    delta_smem = gl.allocate_shared_memory(gl.float32, [BLOCK], plain)
+    q_y_smem = gl.allocate_shared_memory(gl.float32, [HALVES, BLOCK], plain)
+    weighted_smem = ring(dq_desc, HALVES)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES + 1)
+    P_full, q_y_full = new_barriers(1, 1), new_barriers(1, HALVES)
+    fence_async_shared()
+    decay_ptr, q_dq_ptr, delta_ptr = decay_ptr + bh * NT, q_dq_ptr + bh * T, rows_ptr + (bh * NT * 8 + 7) * BLOCK
+    if first_ptr is not None:
+        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+    gl.warp_specialize(
+        [
+            (
+                dq_state_partition,
+                (
+                    dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem,
+                    delta_smem, q_y_smem, weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count, 0,
+                    BLOCK, DQK, DHV, BK, BV, STAGES,
+                ),
+            ),
+            (
+                dq_second_half_partition,
+                (
+                    dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem,
+                    delta_smem, q_y_smem, weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count,
+                    BLOCK, DQK, DHV, BK, BV, STAGES,
+                ),
+            ),
+            (
+                dq_scores_partition,
+                (
+                    dh_smem, k_smem, v_smem, q_smem, rows_smem, P_smem, delta_smem, q_y_smem, delta_ptr, q_dq_ptr,
+                    full, empty, P_full, q_y_full, first, count, T, BLOCK, BK, BV, STAGES,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    dh_desc, k_desc, v_desc, q_desc, n_desc, rows_desc, dh_smem, k_smem, v_smem, q_smem, n_smem,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), 0, 0, bh.to(gl.int32) * (NT + 1), first,
+                    count, NT, False, BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 4, 1],
+        [192, 104, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dk
+# ---------------------------------------------------------------------------------------------------------------------
+@gluon.jit
+def dk_state_partition(
+    dk_desc, k_dk_ptr, decay_ptr, first_ptr,
+    v_smem, q_smem, dh_smem, k_smem, dn_smem, rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full,
+    P_empty, batch, head_, first_k, first, count, T,
+    BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps a tile of dC^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
+    layout_dC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    dC = load_state(first_ptr, 0, first_k, 1, DHV, DHV, DQK, BV, BK, layout_dC)
+    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, True)
+        decay = gl.load(decay_ptr + tile)
+        dC_smem.store(dC.to(gl.bfloat16))
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        v, q = v_smem.index(stage).reshape([BLOCK, BV]), q_smem.index(stage).reshape([BLOCK, BK])
+        dh, k = dh_smem.index(stage).reshape([BLOCK, BV]), k_smem.index(stage).reshape([BLOCK, BK])
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        weighted_smem.store(weighted_keys(q, rows.index(5)))
+        fence_async_shared()
+        dC = dC * decay
+        read = rows.index(6).load(gl.SliceLayout(1, layout_y))[:, None]
+
+        y = warpgroup_mma(v, dC_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
+        dC = warpgroup_mma(dh.permute((1, 0)), weighted_smem, dC, is_async=True)
+        dn = dn_smem.index(stage)._reinterpret(gl.float32, [1, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(0)
+        dn = dn.load(gl.SliceLayout(0, layout_y))[None, :]
+        mbarrier.wait(P_full.index(0), number & 1)
+        y = (warpgroup_mma_wait(1, deps=[y]) + dn) * read
+        k_y = k.load(layout_y).to(gl.float32) * y
+        y = warpgroup_mma(P_smem.index(0), q, y, is_async=True)
+        offs_t = tile * BLOCK + offs_l
+        gl.store(k_dk_ptr + offs_t, gl.sum(k_y, axis=1), mask=offs_t < T)  # the state's part of k . dk
+        y, dC = warpgroup_mma_wait(0, deps=[y, dC])
+        tma.store_wait(0)
+        dk_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_empty.index(0), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        tma.async_copy_shared_to_global(dk_desc, [batch, head_, tile * BLOCK, first_k], dk_smem)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def dk_kernel(
+    v_desc, q_desc, dh_desc, k_desc, dk_desc, dn_desc, rows_desc, k_dk_tile_ptr, k_dk_state_ptr, decay_ptr, first_ptr,
+    T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
+    BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dK = w_end * (V dC^T + dn) + P Q, P = (V dH^T + delta) * Wr^T, for BK columns. Grid: (tiles of DQK) * spans * B * NH.
+
+    Also, for the gates, k . dk in two parts: the tile's, the row sums of P * K Q^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
     spans = (NT + SPAN - 1) // SPAN
-    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    own_smem, n_smem, rows_smem = ring(own_desc, STAGES), ring(n_desc, STAGES), ring(rows_desc, STAGES)
+    v_smem, q_smem, dh_smem = ring(v_desc, STAGES), ring(q_desc, STAGES), ring(dh_desc, STAGES)
+    k_smem, dn_smem, rows_smem = ring(k_desc, STAGES), ring(dn_desc, STAGES), ring(rows_desc, STAGES)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
     weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
-    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
-    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
+    dC_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
+    dk_smem = gl.allocate_shared_memory(gl.bfloat16, dk_desc.block_type.shape, dk_desc.layout)
     full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
     P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
     fence_async_shared()
     decay_ptr += bh * NT
-    # n of the border that the walk comes from: before the tile, backward behind it
-    first_n = bh.to(gl.int32) * (NT + 1) + (1 if BACKWARD else 0)
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    X_ptr, state_ptr = X_ptr + (tile_k * BH + bh) * T, state_ptr + (tile_k * BH + bh) * T
+    k_dk_tile_ptr, k_dk_state_ptr = k_dk_tile_ptr + (tile_k * BH + bh) * T, k_dk_state_ptr + (tile_k * BH + bh) * T
     gl.warp_specialize(
         [
             (
-                values_state_partition,
+                dk_state_partition,
                 (
-                    y_desc, state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem, n_smem,
-                    rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
-                    tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
+                    dk_desc, k_dk_state_ptr, decay_ptr, first_ptr, v_smem, q_smem, dh_smem, k_smem, dn_smem,
+                    rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full, P_empty, batch, head_,
+                    tile_k * BK, first, count, T, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
             ),
             (
                 scores_partition,
                 (
-                    a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first,
-                    count, T, BACKWARD, True, BLOCK, BV, STAGES, 1,
+                    v_smem, dh_smem, k_smem, q_smem, rows_smem, P_smem, k_dk_tile_ptr, full, empty, P_full, P_empty,
+                    first, count, T, True, BLOCK, BV, STAGES, 1,
                 ),
             ),
             (
                 load_partition,
                 (
-                    a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, first_n, first, count, NT,
-                    BACKWARD, BLOCK, STAGES,
-                ),
-            ),
-        ],
-        [4, 1],
-        [136, 24],
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# dh . h
-# ---------------------------------------------------------------------------------------------------------------------
-@gluon.jit
-def dh_h_state_partition(
-    dh_h_ptr, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, weighted_smem, C_smem, full, empty,
-    first_k, first, count, T,
-    BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """The state's part, w_read * q . (C dh), as values_state_partition forms it."""
-    WARPS: gl.constexpr = gl.num_warps()
-    layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
-    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
-    C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
-    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
-    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
-    for number in range(count):
-        stage, tile = number % STAGES, first + number
-        decay = gl.load(decay_ptr + tile)
-        C_smem.store(C.to(gl.bfloat16))
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        dh, k = dh_smem.index(stage).reshape([BLOCK, BV]), k_smem.index(stage).reshape([BLOCK, BK])
-        v, q = v_smem.index(stage).reshape([BLOCK, BV]), q_smem.index(stage).reshape([BLOCK, BK])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        weighted_smem.store(weighted_keys(k, rows.index(6)))
-        fence_async_shared()
-        C = C * decay
-        read = rows.index(5).load(gl.SliceLayout(1, layout_y))
-        y = warpgroup_mma(dh, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
-        C = warpgroup_mma(v.permute((1, 0)), weighted_smem, C, is_async=True)
-        y = warpgroup_mma_wait(1, deps=[y])
-        dh_h = gl.sum(q.load(layout_y).to(gl.float32) * y, axis=1) * read
-        offs_t = tile * BLOCK + offs_l
-        gl.store(dh_h_ptr + offs_t, dh_h, mask=offs_t < T)
-        C = warpgroup_mma_wait(0, deps=[C])
-        mbarrier.arrive(empty.index(stage), count=1)
-
-
-@gluon.jit
-def dh_h_scores_partition(
-    dh_h_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, full, empty, first, count, T,
-    BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The tile's part, the row sums of Q K^T * dH V^T * Wr."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
-    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
-    for number in range(count):
-        stage = number % STAGES
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        dh, k = dh_smem.index(stage).reshape([BLOCK, BV]), k_smem.index(stage).reshape([BLOCK, BK])
-        v, q = v_smem.index(stage).reshape([BLOCK, BV]), q_smem.index(stage).reshape([BLOCK, BK])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dP = warpgroup_mma(dh, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores, dP = warpgroup_mma_wait(0, deps=[scores, dP])
-        dh_h = gl.sum(apply_gates(scores * dP, rows, False, BLOCK, layout), axis=1)
-        mbarrier.arrive(empty.index(stage), count=1)
-        offs_t = (first + number) * BLOCK + offs_l
-        gl.store(dh_h_ptr + offs_t, dh_h, mask=offs_t < T)
-
-
-@gluon.jit
-def dh_h_kernel(
-    dh_desc, k_desc, v_desc, q_desc, rows_desc, dh_h_ptr, decay_ptr, first_ptr,
-    T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
-    BV: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The share of BK columns of Q and K in dh . h, in two parts. Grid: (tiles of DQK) * spans * B * NH.
-
-    As state_times_values_kernel for dq, which needs delta, and so dh . h over all columns, before it rounds dP. From
-    the h that was returned it would be wrong in its third digit, and dq and dk, where terms cancel, in their second.
-    """
-    TILES: gl.constexpr = (DQK + BK - 1) // BK
-    tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
-    spans = (NT + SPAN - 1) // SPAN
-    dh_smem, k_smem, v_smem = ring(dh_desc, STAGES), ring(k_desc, STAGES), ring(v_desc, STAGES)
-    q_smem, rows_smem = ring(q_desc, STAGES), ring(rows_desc, STAGES)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
-    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
-    fence_async_shared()
-    scores_ptr = dh_h_ptr + ((2 * tile_k + 1) * BH + bh) * T
-    decay_ptr, dh_h_ptr = decay_ptr + bh * NT, dh_h_ptr + (2 * tile_k * BH + bh) * T
-    if first_ptr is not None:
-        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    gl.warp_specialize(
-        [
-            (
-                dh_h_state_partition,
-                (
-                    dh_h_ptr, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, weighted_smem,
-                    C_smem, full, empty, tile_k * BK, first, count, T, BLOCK, DQK, DHV, BK, BV, STAGES,
-                ),
-            ),
-            (
-                dh_h_scores_partition,
-                (
-                    scores_ptr, dh_smem, k_smem, v_smem, q_smem, rows_smem, full, empty, first,
-                    count, T, BLOCK, BK, BV, STAGES,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    dh_desc, k_desc, v_desc, q_desc, None, rows_desc, dh_smem, k_smem, v_smem, q_smem, None,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, 0, first, count, NT, False,
-                    BLOCK, STAGES,
+                    v_desc, q_desc, dh_desc, k_desc, dn_desc, rows_desc, v_smem, q_smem, dh_smem, k_smem, dn_smem,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0,
+                    bh.to(gl.int32) * (NT + 1) + 1, first, count, NT, True, BLOCK, STAGES,
                 ),
             ),
         ],
@@ -992,7 +1072,7 @@ def product_at(n_ptr, dn_ptr, border, offs_k, DQK):
 
 @triton.jit
 def dgates_kernel(
-    f_ptr, decay_ptr, n_ptr, dn_ptr, q_dq_tile_ptr, q_dq_state_ptr, k_dk_tile_ptr, k_dk_state_ptr, carry_ptr,
+    f_ptr, decay_ptr, n_ptr, dn_ptr, q_dq_ptr, k_dk_tile_ptr, k_dk_state_ptr, carry_ptr,
     di_rest_ptr, df_bar_rest_ptr, di_ptr, df_ptr,
     stride_fb, stride_fh, stride_ft, stride_dib, stride_dih, stride_dit, stride_dfb, stride_dfh, stride_dft,
     T, NT, NH, BH, DQK, TILES_K, TILES_V, BORDER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
@@ -1018,12 +1098,10 @@ def dgates_kernel(
     offs_t = (tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)  # (BORDER, BLOCK)
     mask = offs_t < T
 
-    to_h, to_state = tl.zeros((BORDER, BLOCK), dtype=tl.float32), tl.zeros((BORDER, BLOCK), dtype=tl.float32)
-    di = tl.zeros((BORDER, BLOCK), dtype=tl.float32)
+    to_h = tl.load(q_dq_ptr + bh * T + offs_t, mask=mask, other=0.0)
+    to_state, di = tl.zeros((BORDER, BLOCK), dtype=tl.float32), tl.zeros((BORDER, BLOCK), dtype=tl.float32)
     for tile_k in range(TILES_K):
         offs = (tile_k * BH + bh) * T + offs_t
-        to_h += tl.load(q_dq_state_ptr + offs, mask=mask, other=0.0)
-        to_h += tl.load(q_dq_tile_ptr + offs, mask=mask, other=0.0)
         k_dk_tile = tl.load(k_dk_tile_ptr + offs, mask=mask, other=0.0)
         to_h, di = to_h - k_dk_tile, di + k_dk_tile
         to_state += tl.load(k_dk_state_ptr + offs, mask=mask, other=0.0)
@@ -1107,9 +1185,14 @@ def keys_options(DQK: int, DHV: int) -> dict:
 
 
 def values_options(DQK: int, DHV: int) -> dict:
-    """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
+    """Tiles and warps of dk_kernel. More stages do not fit into shared memory."""
     BV = max(64, power_of_2(DHV))
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
+
+
+def dq_options(DQK: int, DHV: int) -> dict:
+    """Tiles of dq_kernel: 64 rows and all columns of the state to a warpgroup. No more stages fit here either."""
+    return values_options(DQK, DHV) | {"BK": 128 if DQK > 64 else 64}
 
 
 def tiles_at_once(NT: int) -> int:
@@ -1237,7 +1320,7 @@ def launch_backward(
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
     dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
     forward_rows, rows = rows, torch.empty_like(rows)
-    rows_backward_kernel[(ceil_div(NT, 8) * BH,)](forward_rows, S, rows, T, NT, BLOCK, 8, num_warps=4)
+    rows_backward_kernel[(ceil_div(NT, 8) * BH,)](forward_rows, S, rows, T, NT, assume_norm, BLOCK, 8, num_warps=4)
     rows_ = describe_rows(rows, 8, BLOCK)
 
     # dv, with <C, dC> at the borders and at the end
@@ -1254,37 +1337,32 @@ def launch_backward(
         borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
     )  # fmt: skip
 
-    # dh . h, delta and dn
-    p = values_options(DQK, DHV)
-    tiles_k, starts = ceil_div(DQK, p["BK"]), C_0
-    if SPAN < NT:  # the states that the spans start from are among those at the borders
-        starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
+    # dq and delta
+    p = dq_options(DQK, DHV)
+    SPAN_DQ, starts = span_of(q, NT, 1), C_0
+    if SPAN_DQ < NT:  # the states that the spans start from are among those at the borders
+        starts = borders[:, :, :: SPAN_DQ // BORDER].mT.float().contiguous()
         starts[:, :, 0] = 0 if C_0 is None else C_0
-    grid = (tiles_k * ceil_div(NT, SPAN) * BH,)
-    q_, k_, v_, dh_ = describe(q, p["BK"]), describe(k, p["BK"]), describe(v, p["BV"]), describe(dh, p["BV"])
-    if not assume_norm:
-        dh_h = empty(2 * tiles_k, B, NH, T)
-        dh_h_kernel[grid](dh_, k_, v_, q_, rows_, dh_h, decay, starts, T, NT, NH, BH, SPAN, **p)
-        delta_kernel[(ceil_div(NT, 8) * BH,)](
-            forward_rows, rows, S, dh_h, T, NT, BH, 2 * tiles_k, BLOCK, 8, num_warps=4
-        )
+    q_dq, v_, dh_ = empty(B, NH, T), describe(v, p["BV"]), describe(dh, p["BV"])
+    dq_kernel[(ceil_div(NT, SPAN_DQ) * BH,)](
+        dh_, describe(k, p["BK"]), v_, describe(q, p["BK"]), describe(dq, 64), describe_rows(n, 1, p["BK"]), rows_,
+        rows, q_dq, decay, starts, T, NT, NH, SPAN_DQ, **p,
+    )  # fmt: skip
+
+    # dn and dk
     x, dn, BLOCK_DQK = empty(B, NH, NT, DQK), torch.empty_like(n), power_of_2(DQK)
     sums_kernel[(NT * BH,)](q, rows, x, *q.stride()[:3], T, NT, NH, DQK, True, BLOCK, BLOCK_DQK, num_warps=2)
     dn_T = None if dn_T is None else dn_T.contiguous()
     vectors_kernel[(ceil_div(DQK, 16) * BH,)](
         x, decay, dn_T, dn, None, NT, DQK, True, tiles_at_once(NT), 16, num_warps=4
     )
-
-    # dq and dk
-    q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = empty(4, tiles_k, B, NH, T)
-    for BACKWARD, a, b, x, own, y, tile, state, vectors, first in (
-        (False, dh_, k_, v_, q_, dq, q_dq_tile, q_dq_state, n, starts),
-        (True, v_, q_, dh_, k_, dk, k_dk_tile, k_dk_state, dn, ends),
-    ):
-        state_times_values_kernel[grid](
-            a, b, x, own, describe(y, p["BK"]), describe_rows(vectors, 1, p["BK"]), rows_, tile, state, decay, first,
-            T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
-        )  # fmt: skip
+    p = values_options(DQK, DHV)
+    tiles_k = ceil_div(DQK, p["BK"])
+    k_dk_tile, k_dk_state = empty(2, tiles_k, B, NH, T)
+    dk_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
+        v_, describe(q, p["BK"]), dh_, describe(k, p["BK"]), describe(dk, p["BK"]), describe_rows(dn, 1, p["BK"]),
+        rows_, k_dk_tile, k_dk_state, decay, ends, T, NT, NH, BH, SPAN, **p,
+    )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
     dstate, di_rest, df_bar_rest = _no_state(q), None, None
@@ -1304,7 +1382,7 @@ def launch_backward(
         if C_0 is not None:
             dstate = dC_0, dn_0, dm_0 + dm_0_rest
     dgates_kernel[(borders.shape[2] * BH,)](
-        f, decay, n, dn, q_dq_tile, q_dq_state, k_dk_tile, k_dk_state, carry, di_rest, df_bar_rest, di, df,
+        f, decay, n, dn, q_dq, k_dk_tile, k_dk_state, carry, di_rest, df_bar_rest, di, df,
         *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, BLOCK_DQK, num_warps=4,
     )  # fmt: skip
