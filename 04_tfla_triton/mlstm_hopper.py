@@ -44,7 +44,7 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
     Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
     delta    D times the gradient of S                                       (B, NH, T)
-    borders  C^T as every 8th tile finds it, for the gradients of the gates  (B, NH, borders, DHV, DQK)  bfloat16
+    borders  C^T as every 16th tile but the first finds it, for the gates' gradients  (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstm_tfla.py has them all).
 
@@ -78,9 +78,10 @@ __all__ = ["mlstm_hopper"]
 
 State = tuple[Tensor, Tensor, Tensor]
 
-# Steps in a tile, and tiles from one stored state to the next.
+# Steps in a tile, tiles from one stored state to the next, and tiles of which spans are multiples.
 BLOCK = 64
-BORDER = 8
+BORDER = 16
+GRAIN = 8
 # log sigmoid(f) below this, f = -inf above all, begins a new document. It is left out of the sums, and the masks keep
 # the old document out. No stabilizer is lower: what weighs less than e^(-10^7) is nothing.
 FORGOTTEN = tl.constexpr(-1e7)
@@ -460,25 +461,45 @@ def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexp
 
 
 @gluon.jit
+def products_of_rows(
+    a_smem, b_smem, full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Starts A B^T of a tile."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    stage = number % STAGES
+    mbarrier.wait(full.index(stage), number // STAGES & 1)
+    a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def h_scores(q_smem, k_smem, n_smem, full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Starts Q K^T and q . n of a tile."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    scores = products_of_rows(q_smem, k_smem, full, number, BLOCK, D, STAGES)
+    q, n = q_smem.index(number % STAGES).reshape([BLOCK, D]), n_smem.index(number % STAGES).permute((1, 0))
+    zero = gl.zeros([BLOCK, 8], gl.float32, layout=narrow)
+    return warpgroup_mma(q, n, zero, use_acc=False, is_async=True), scores
+
+
+@gluon.jit
 def h_scores_partition(
     q_smem, k_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first, count, T,
     BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P = Q K^T * Wr of tile after tile, and r, which makes W into Wr, for the state's warps."""
+    """P = Q K^T * Wr of tile after tile, and r, which makes W into Wr, for the state's warps.
+
+    While the others are told of a tile, the matrix unit has the products of the next.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     vector: gl.constexpr = gl.SliceLayout(1, layout)
-    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
-    zero_narrow = gl.zeros([BLOCK, 8], gl.float32, layout=narrow)
     offs_l = gl.arange(0, BLOCK, layout=vector)
+    q_n, scores = h_scores(q_smem, k_smem, n_smem, full, 0, BLOCK, D, STAGES)
+    q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
     for number in range(count):
         stage, P_stage = number % STAGES, number % P_STAGES
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        q, k = q_smem.index(stage).reshape([BLOCK, D]), k_smem.index(stage).reshape([BLOCK, D])
         rows = tile_rows(rows_smem, stage, BLOCK)
-        q_n = warpgroup_mma(q, n_smem.index(stage).permute((1, 0)), zero_narrow, use_acc=False, is_async=True)
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
         P = scores * gates(rows, False, BLOCK, layout)
         S = gl.convert_layout(gl.sum(q_n, axis=1), vector) * rows.index(5).load(vector) + gl.sum(P, axis=1)
         r = 1.0 / gl.maximum(gl.maximum(S, -S), rows.index(7).load(vector))
@@ -486,48 +507,37 @@ def h_scores_partition(
         mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
         r_smem.index(P_stage).store(r)
+        # Past the last tile, that one once more, which nobody looks at.
+        following = gl.minimum(number + 1, count - 1)
+        q_n_next, scores_next = h_scores(q_smem, k_smem, n_smem, full, following, BLOCK, D, STAGES)
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
         if tile_v == 0:
             offs_t = (first + number) * BLOCK + offs_l
             gl.store(S_ptr + offs_t, S, mask=offs_t < T)
+        q_n, scores = warpgroup_mma_wait(0, deps=[q_n_next, scores_next])
 
 
 @gluon.jit
-def scores_partition(
-    a_smem, b_smem, own_smem, other_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
-    DELTA: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+def dv_scores_partition(
+    k_smem, q_smem, rows_smem, P_smem, full, empty, P_full, P_empty, first, count,
+    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P = A B^T * Wr^T of tile after tile, backward, in bfloat16; with DELTA, (A B^T + delta) * Wr^T.
-
-    Where there are own and other rows, for the gates: the row sums of X = P * (own other^T), before P is rounded.
-    """
+    """P = K Q^T * Wr^T of tile after tile, from the last to the first, as h_scores_partition."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
-    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    scores = products_of_rows(k_smem, q_smem, full, 0, BLOCK, D, STAGES)
+    scores = warpgroup_mma_wait(0, deps=[scores])
     for number in range(count):
-        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, True)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        if DELTA:
-            scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]
-        P = scores * gates(rows, True, BLOCK, layout)
+        stage, P_stage = number % STAGES, number % P_STAGES
+        P = scores * gates(tile_rows(rows_smem, stage, BLOCK), True, BLOCK, layout)
         mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
+        scores = products_of_rows(k_smem, q_smem, full, gl.minimum(number + 1, count - 1), BLOCK, D, STAGES)
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
-        if X_ptr is not None:
-            BK: gl.constexpr = own_smem.shape[4]
-            own, other = own_smem.index(stage).reshape([BLOCK, BK]), other_smem.index(stage).reshape([BLOCK, BK])
-            scores = warpgroup_mma(own, other.permute((1, 0)), zero, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            offs_t = tile * BLOCK + offs_l
-            gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
         mbarrier.arrive(empty.index(stage), count=1)
+        scores = warpgroup_mma_wait(0, deps=[scores])
 
 
 @gluon.jit
@@ -581,7 +591,7 @@ def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
 def keys_state_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr,
+    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
     a_smem, b_smem, x_smem, rows_smem, P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
     batch, head_, first_v, first, count, NT,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
@@ -598,16 +608,13 @@ def keys_state_partition(
     zero = gl.zeros([BV, BLOCK], gl.float32, layout=layout_y)
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
-    inside = (v < DHV) & (k < DQK)
-    if end_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
-        if first + count == NT:  # <C, dC> at the end of the sequence
-            C_T = load_state(end_ptr, first_v, 0, 1, DHV, DHV, DQK, BV, BK, layout_C)
-            gl.store(carry_ptr + (NT + BORDER - 1) // BORDER, gl.sum(gl.sum(C_T * C, axis=1), axis=0))
+    SIZE: gl.constexpr = (DHV + BV - 1) // BV * BV * BK  # of the state with the zeros that fill its tiles
     decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
     for number in range(count):
         stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
-        if not BACKWARD and tile % BORDER == 0:
-            gl.store(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, C.to(gl.bfloat16), mask=inside)
+        border = (tile // BORDER - 1) * SIZE + v * BK + k
+        if not BACKWARD and tile % BORDER == 0 and tile > 0:
+            gl.store(border_ptr + border, C.to(gl.bfloat16))
         C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
         mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
@@ -634,13 +641,13 @@ def keys_state_partition(
         mbarrier.arrive(P_empty.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
         tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_v], y_smem)
-        if BACKWARD and tile % BORDER == 0:
-            border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
-            gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
+        if BACKWARD and tile % BORDER == 0 and tile > 0:
+            C_then = gl.load(border_ptr + border).to(gl.float32)
+            gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(C_then * C, axis=1), axis=0))
     tma.store_wait(0)
     if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
         if (first == 0) if BACKWARD else (first + count == NT):
-            gl.store(last_ptr + k * DHV + v, C, mask=inside)
+            gl.store(last_ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
 
 
 @gluon.jit
@@ -649,10 +656,9 @@ def keys_scores_partition(
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     if BACKWARD:
-        scores_partition(
-            a_smem, b_smem, None, None, rows_smem, P_smem, None, full, empty, P_full, P_empty, first, count, T, False,
-            BLOCK, D, STAGES, P_STAGES,
-        )  # fmt: skip
+        dv_scores_partition(
+            a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, first, count, BLOCK, D, STAGES, P_STAGES
+        )
     else:
         h_scores_partition(
             a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first,
@@ -662,16 +668,15 @@ def keys_scores_partition(
 
 @gluon.jit
 def state_times_keys_kernel(
-    a_desc, b_desc, x_desc, y_desc, n_desc, rows_desc, decay_ptr, first_ptr, last_ptr, end_ptr, S_ptr, border_ptr,
-    carry_ptr,
+    a_desc, b_desc, x_desc, y_desc, n_desc, rows_desc, decay_ptr, first_ptr, last_ptr, S_ptr, border_ptr, carry_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
     DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
-    forward     A, B, X, Y = Q, K, V, H: also S, and C at every BORDER-th tile
-    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders and at the end
+    forward     A, B, X, Y = Q, K, V, H: also S, and C at every BORDER-th tile but the first
+    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
     tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
@@ -693,11 +698,9 @@ def state_times_keys_kernel(
     decay_ptr += bh * NT
     if last_ptr is not None:
         last_ptr += bh * DQK * DHV
-    border_ptr += bh * borders * DQK * DHV
+    border_ptr += bh * (borders - 1) * TILES * BV * BK
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    if end_ptr is not None:
-        end_ptr += bh * DQK * DHV
     if S_ptr is not None:
         S_ptr += bh * T
     if carry_ptr is not None:
@@ -707,8 +710,8 @@ def state_times_keys_kernel(
             (
                 keys_state_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
-                    rows_smem, P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
+                    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, rows_smem,
+                    P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
                     tile_v * BV, first, count, NT, BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
                 ),
             ),
@@ -1003,6 +1006,33 @@ def dk_state_partition(
 
 
 @gluon.jit
+def dk_scores_partition(
+    v_smem, dh_smem, k_smem, q_smem, rows_smem, P_smem, k_dk_ptr, full, empty, P_full, P_empty, first, count, T,
+    BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """P = (V dH^T + delta) * Wr^T of tile after tile, from the last to the first; the row sums of P * K Q^T."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, True)
+        dP = products_of_rows(v_smem, dh_smem, full, number, BLOCK, BV, STAGES)
+        rows = tile_rows(rows_smem, stage, BLOCK)
+        dP = warpgroup_mma_wait(0, deps=[dP]) + rows.index(7).load(gl.SliceLayout(0, layout))[None, :]
+        P = dP * gates(rows, True, BLOCK, layout)
+        mbarrier.wait(P_empty.index(0), (number & 1) ^ 1)
+        P_smem.index(0).store(P.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_full.index(0), count=1)
+        k, q = k_smem.index(stage).reshape([BLOCK, BK]), q_smem.index(stage).reshape([BLOCK, BK])
+        scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        offs_t = tile * BLOCK + offs_l
+        gl.store(k_dk_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
 def dk_kernel(
     v_desc, q_desc, dh_desc, k_desc, dk_desc, dn_desc, rows_desc, k_dk_tile_ptr, k_dk_state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
@@ -1040,10 +1070,10 @@ def dk_kernel(
                 ),
             ),
             (
-                scores_partition,
+                dk_scores_partition,
                 (
                     v_smem, dh_smem, k_smem, q_smem, rows_smem, P_smem, k_dk_tile_ptr, full, empty, P_full, P_empty,
-                    first, count, T, True, BLOCK, BV, STAGES, 1,
+                    first, count, T, BLOCK, BK, BV, STAGES,
                 ),
             ),
             (
@@ -1200,13 +1230,13 @@ def tiles_at_once(NT: int) -> int:
     return max(16, min(128, power_of_2(NT)))
 
 
-def span_of(q: Tensor, NT: int, tiles: int) -> int:
+def span_of(q: Tensor, NT: int, tiles: int, grain: int = GRAIN) -> int:
     """Tiles in a span: the whole sequence, or less of it where multiprocessors would stay without a program."""
     if q.device.type == "meta":
         return NT
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     spans = max(1, programs // (tiles * q.shape[0] * q.shape[1]))
-    return min(NT, ceil_div(ceil_div(NT, spans), BORDER) * BORDER)
+    return min(NT, ceil_div(ceil_div(NT, spans), grain) * grain)
 
 
 def starts_of_spans(
@@ -1217,7 +1247,7 @@ def starts_of_spans(
     For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
     """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
-    NT, PIECE = ceil_div(T, BLOCK), max(BORDER, SPAN // 8)
+    NT, PIECE = ceil_div(T, BLOCK), max(GRAIN, SPAN // 8)
     SPANS, PIECES, PER_SPAN = ceil_div(NT, SPAN), ceil_div(NT, PIECE), SPAN // PIECE
     BLOCK_DHV = max(64, power_of_2(DHV))
     if SPANS == 1:
@@ -1241,13 +1271,13 @@ def starts_of_spans(
 
 
 def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the forward pass keeps: rows, decay, n, S, and C^T at the borders."""
+    """Shapes and types of what the forward pass keeps: rows, decay, n, S, and C^T at the borders, in whole tiles."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    NT = (T + BLOCK - 1) // BLOCK
-    borders = (NT + BORDER - 1) // BORDER
+    NT, o = (T + BLOCK - 1) // BLOCK, keys_options(DQK, DHV)
+    whole = (DHV + o["BV"] - 1) // o["BV"] * o["BV"], o["BK"]
     return [
         ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32), ((B, NH, NT + 1, DQK), torch.float32),
-        ((B, NH, T), torch.float32), ((B, NH, borders, DHV, DQK), torch.bfloat16),
+        ((B, NH, T), torch.float32), ((B, NH, max(NT - 1, 0) // BORDER, *whole), torch.bfloat16),
     ]  # fmt: skip
 
 
@@ -1294,7 +1324,7 @@ def launch_forward(
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
         keys(q), keys(k), values(v), values(h), describe_rows(n_parts, 8, o["BK"]), describe_rows(rows, 8, BLOCK),
-        decay, starts, C_T, None, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
+        decay, starts, C_T, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
     final = (C_T, n[:, :, -1].clone(), m[:, :, -1].clone()) if return_state else _no_state(q)
     return h, *final, *saved
@@ -1328,21 +1358,20 @@ def launch_backward(
     tiles_v = ceil_div(DHV, o["BV"])
     SPAN = span_of(q, NT, tiles_v)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
-    carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
-    if dC_T is None:
-        carry[..., -1] = 0
+    carry = empty(tiles_v, B, NH, borders.shape[2] + 2)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
-        keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None if dC_T is None else C_T, None,
-        borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
+        keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None, borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
     )  # fmt: skip
 
     # dq and delta
     p = dq_options(DQK, DHV)
-    SPAN_DQ, starts = span_of(q, NT, 1), C_0
+    SPAN_DQ, starts = span_of(q, NT, 1, BORDER), C_0
     if SPAN_DQ < NT:  # the states that the spans start from are among those at the borders
-        starts = borders[:, :, :: SPAN_DQ // BORDER].mT.float().contiguous()
+        starts = empty(B, NH, ceil_div(NT, SPAN_DQ), DQK, DHV)
         starts[:, :, 0] = 0 if C_0 is None else C_0
+        every = SPAN_DQ // BORDER
+        starts[:, :, 1:] = borders[:, :, every - 1 :: every, :DHV, :DQK].mT
     q_dq, v_, dh_ = empty(B, NH, T), describe(v, p["BV"]), describe(dh, p["BV"])
     dq_kernel[(ceil_div(NT, SPAN_DQ) * BH,)](
         dh_, describe(k, p["BK"]), v_, describe(q, p["BK"]), describe(dq, 64), describe_rows(n, 1, p["BK"]), rows_,
@@ -1365,23 +1394,25 @@ def launch_backward(
     )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
-    dstate, di_rest, df_bar_rest = _no_state(q), None, None
     # In float64, so that how PyTorch adds, which depends on the size of a batch, does not show in float32.
+    def product(x: Tensor, dx: Tensor, dims: int) -> Tensor:
+        return (x * dx).sum(dim=tuple(range(-dims, 0)), dtype=torch.float64)
+
+    dstate, di_rest, df_bar_rest = _no_state(q), None, None
+    carry[..., :: borders.shape[2] + 1] = 0  # at both ends of the sequence, where there is no state
     if C_0 is not None:
         dn_0 = dn[:, :, 0].clone()
-        dm_0 = (
-            (C_0 * dC_0).sum(dim=(-2, -1), dtype=torch.float64) + (n_0 * dn_0).sum(dim=-1, dtype=torch.float64)
-        ).float()
-        dstate = dC_0, dn_0, dm_0
+        carry[0, ..., 0] = product(C_0, dC_0, 2)
+        dstate = dC_0, dn_0, (product(C_0, dC_0, 2) + product(n_0, dn_0, 1)).float()
     if dC_T is not None:
-        overlap_T = (C_T * dC_T).sum(dim=(-2, -1), dtype=torch.float64)
-        overlap_T = (overlap_T + (n[:, :, -1] * dn_T).sum(dim=-1, dtype=torch.float64)).float()
+        carry[0, ..., -1] = product(C_T, dC_T, 2)
+        dm_rest = dm_T - (product(C_T, dC_T, 2) + product(n[:, :, -1], dn_T, 1)).float()
         m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
-        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_T - overlap_T)
+        di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_rest)
         di_rest, df_bar_rest = di_rest.float().contiguous(), df_bar_rest.float().contiguous()
         if C_0 is not None:
-            dstate = dC_0, dn_0, dm_0 + dm_0_rest
-    dgates_kernel[(borders.shape[2] * BH,)](
+            dstate = *dstate[:2], dstate[2] + dm_0_rest
+    dgates_kernel[(ceil_div(NT, BORDER) * BH,)](
         f, decay, n, dn, q_dq, k_dk_tile, k_dk_state, carry, di_rest, df_bar_rest, di, df,
         *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, DQK, tiles_k, tiles_v, BORDER, BLOCK, BLOCK_DQK, num_warps=4,
