@@ -44,7 +44,7 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
     Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
     delta    D times the gradient of S                                       (B, NH, T)
-    borders  C^T as every 16th tile but the first finds it, for the gates' gradients  (B, NH, borders, DHV, DQK)  bfloat16
+    borders  C^T as every 16th tile but the first finds it, for the gates    (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstm_tfla.py has them all).
 
@@ -1038,9 +1038,10 @@ def dk_kernel(
     T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
     BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK = w_end * (V dC^T + dn) + P Q, P = (V dH^T + delta) * Wr^T, for BK columns. Grid: (tiles of DQK) * spans * B * NH.
+    """dK = w_end * (V dC^T + dn) + P Q, P = (V dH^T + delta) * Wr^T, for BK columns.
 
-    Also, for the gates, k . dk in two parts: the tile's, the row sums of P * K Q^T, and the state's.
+    Grid: (tiles of DQK) * spans * B * NH. Also, for the gates, k . dk in two parts: the tile's, which are the row sums
+    of P * K Q^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
@@ -1215,7 +1216,7 @@ def keys_options(DQK: int, DHV: int) -> dict:
 
 
 def values_options(DQK: int, DHV: int) -> dict:
-    """Tiles and warps of dk_kernel. More stages do not fit into shared memory."""
+    """Tiles and warps where a program has 64 columns of d_qk. More stages do not fit into shared memory."""
     BV = max(64, power_of_2(DHV))
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
@@ -1353,7 +1354,7 @@ def launch_backward(
     rows_backward_kernel[(ceil_div(NT, 8) * BH,)](forward_rows, S, rows, T, NT, assume_norm, BLOCK, 8, num_warps=4)
     rows_ = describe_rows(rows, 8, BLOCK)
 
-    # dv, with <C, dC> at the borders and at the end
+    # dv, with <C, dC> at the borders
     o = keys_options(DQK, DHV)
     tiles_v = ceil_div(DHV, o["BV"])
     SPAN = span_of(q, NT, tiles_v)
@@ -1361,7 +1362,8 @@ def launch_backward(
     carry = empty(tiles_v, B, NH, borders.shape[2] + 2)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
-        keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None, borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
+        keys(k), keys(q), values(dh), values(dv), None, rows_, decay, ends, dC_0, None, borders, carry,
+        T, NT, NH, BH, SPAN, BACKWARD=True, **o,
     )  # fmt: skip
 
     # dq and delta

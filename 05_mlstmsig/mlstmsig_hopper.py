@@ -33,7 +33,7 @@ Glossary (name in code = symbol = shape):
                6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
     decay    e^g of each tile                                                 (B, NH, tiles)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
-    borders  C^T as every 8th tile finds it, for the gradients of the gates   (B, NH, borders, DHV, DQK)  bfloat16
+    borders  C^T as every 16th tile but the first finds it, for the gates     (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstmsig_tfla.py has them all).
 
@@ -65,9 +65,10 @@ __all__ = ["mlstmsig_hopper"]
 
 State = tuple[Tensor]
 
-# Steps in a tile, and tiles from one stored state to the next.
+# Steps in a tile, tiles from one stored state to the next, and tiles of which spans are multiples.
 BLOCK = 64
-BORDER = 8
+BORDER = 16
+GRAIN = 8
 # A forget gate below this begins a new document: e^-110 is 0 in float32, so that nothing is lost but the digits that
 # b would lose behind it.
 FORGOTTEN = tl.constexpr(-110.0)
@@ -259,8 +260,8 @@ def load_partition(
 
 
 @gluon.jit
-def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
-    """scores * Wr, with steps i as rows and j as columns; backward: scores * Wr^T.
+def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Wr, with steps i as rows and j as columns; backward: Wr^T.
 
     Either way a document is seen by the row's own bound, so that the columns need one number each: log2 of their part.
     The exponent is masked, not the product: elsewhere it may be huge.
@@ -275,42 +276,46 @@ def apply_gates(scores, rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layou
         mask = (column >= row) & (column < bound)
     else:
         mask = (column <= row) & (column >= bound)
-    return scores * gl.exp2(gl.where(mask, exponent, -float("inf")))
+    return gl.exp2(gl.where(mask, exponent, -float("inf")))
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::products_of_rows
+@gluon.jit
+def products_of_rows(
+    a_smem, b_smem, full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Starts A B^T of a tile."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    stage = number % STAGES
+    mbarrier.wait(full.index(stage), number // STAGES & 1)
+    a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def scores_partition(
-    a_smem, b_smem, own_smem, other_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    P_STAGES: gl.constexpr,
+def keys_scores_partition(
+    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16.
 
-    Where there are own and other rows, for the gates: the row sums of X = P * (own other^T), before P is rounded.
+    While the others are told of a tile, the matrix unit has the products of the next.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
-    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    scores = products_of_rows(a_smem, b_smem, full, 0, BLOCK, D, STAGES)
+    scores = warpgroup_mma_wait(0, deps=[scores])
     for number in range(count):
-        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        P = apply_gates(scores, rows, BACKWARD, BLOCK, layout)
+        stage, P_stage = number % STAGES, number % P_STAGES
+        P = scores * gates(tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
         mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
+        # Past the last tile, that one once more, which nobody looks at.
+        scores = products_of_rows(a_smem, b_smem, full, gl.minimum(number + 1, count - 1), BLOCK, D, STAGES)
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
-        if X_ptr is not None:
-            BK: gl.constexpr = own_smem.shape[4]
-            own, other = own_smem.index(stage).reshape([BLOCK, BK]), other_smem.index(stage).reshape([BLOCK, BK])
-            scores = warpgroup_mma(own, other.permute((1, 0)), zero, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            offs_t = tile * BLOCK + offs_l
-            gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
         mbarrier.arrive(empty.index(stage), count=1)
+        scores = warpgroup_mma_wait(0, deps=[scores])
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::weighted_keys
@@ -325,14 +330,18 @@ def weighted_keys(b, weight):
 
 # same as 04_tfla_triton/mlstm_hopper.py::load_state
 @gluon.jit
-def load_state(ptr, first_v, first_k, DQK, DHV, BV: gl.constexpr, BK: gl.constexpr, layout: gl.constexpr):
-    """A tile of C^T (BV x BK) from C (DQK x DHV) in float32; 0 outside of it, or where there is none."""
+def load_state(
+    ptr, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, BR: gl.constexpr, BC: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """A tile (BR x BC) of C or of C^T, in float32; 0 outside of it, or where there is none."""
     if ptr is None:
-        return gl.zeros([BV, BK], gl.float32, layout=layout)
+        return gl.zeros([BR, BC], gl.float32, layout=layout)
     else:
-        v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))[:, None]
-        k = first_k + gl.arange(0, BK, layout=gl.SliceLayout(0, layout))[None, :]
-        return gl.load(ptr + k * DHV + v, mask=(v < DHV) & (k < DQK), other=0.0)
+        row = first_row + gl.arange(0, BR, layout=gl.SliceLayout(1, layout))[:, None]
+        column = first_column + gl.arange(0, BC, layout=gl.SliceLayout(0, layout))[None, :]
+        mask = (row < ROWS) & (column < COLUMNS)
+        return gl.load(ptr + row * stride_row + column * stride_column, mask=mask, other=0.0)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::new_barriers
@@ -365,7 +374,7 @@ def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
 def keys_state_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr,
+    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
     a_smem, b_smem, x_smem, rows_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
     batch, head_, first_v, first, count, NT,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
@@ -378,20 +387,17 @@ def keys_state_partition(
     operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
     READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
     WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
-    C = load_state(first_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
+    C = load_state(first_ptr, first_v, 0, 1, DHV, DHV, DQK, BV, BK, layout_C)
     zero = gl.zeros([BV, BLOCK], gl.float32, layout=layout_y)
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
-    inside = (v < DHV) & (k < DQK)
-    if end_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
-        if first + count == NT:  # <C, dC> at the end of the sequence
-            C_T = load_state(end_ptr, first_v, 0, DQK, DHV, BV, BK, layout_C)
-            gl.store(carry_ptr + (NT + BORDER - 1) // BORDER, gl.sum(gl.sum(C_T * C, axis=1), axis=0))
+    SIZE: gl.constexpr = (DHV + BV - 1) // BV * BV * BK  # of the state with the zeros that fill its tiles
+    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
     for number in range(count):
         stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
-        decay = gl.load(decay_ptr + tile)
-        if not BACKWARD and tile % BORDER == 0:
-            gl.store(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, C.to(gl.bfloat16), mask=inside)
+        border = (tile // BORDER - 1) * SIZE + v * BK + k
+        if not BACKWARD and tile % BORDER == 0 and tile > 0:
+            gl.store(border_ptr + border, C.to(gl.bfloat16))
         C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
         mbarrier.wait(full.index(stage), number // STAGES & 1)
         a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
@@ -403,6 +409,7 @@ def keys_state_partition(
         fence_async_shared()
         read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
         C = C * decay
+        decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))
         mbarrier.wait(P_full.index(P_stage), number // P_STAGES & 1)
         y = warpgroup_mma_wait(0, deps=[y])
         y = warpgroup_mma(x, P_smem.index(P_stage).permute((1, 0)), y * read, is_async=True)
@@ -415,26 +422,26 @@ def keys_state_partition(
         mbarrier.arrive(P_empty.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
         tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_v], y_smem)
-        if BACKWARD and tile % BORDER == 0:
-            border = gl.load(border_ptr + tile // BORDER * DHV * DQK + v * DQK + k, mask=inside, other=0.0)
-            gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0))
+        if BACKWARD and tile % BORDER == 0 and tile > 0:
+            C_then = gl.load(border_ptr + border).to(gl.float32)
+            gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(C_then * C, axis=1), axis=0))
     tma.store_wait(0)
     if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
         if (first == 0) if BACKWARD else (first + count == NT):
-            gl.store(last_ptr + k * DHV + v, C, mask=inside)
+            gl.store(last_ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
 
 
 @gluon.jit
 def state_times_keys_kernel(
-    a_desc, b_desc, x_desc, y_desc, rows_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr,
+    a_desc, b_desc, x_desc, y_desc, rows_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
     NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
     DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
-    forward     A, B, X, Y = Q, K, V, H: also C at every BORDER-th tile
-    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders and at the end
+    forward     A, B, X, Y = Q, K, V, H: also C at every BORDER-th tile but the first
+    backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
     tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
@@ -451,11 +458,9 @@ def state_times_keys_kernel(
     decay_ptr += bh * NT
     if last_ptr is not None:
         last_ptr += bh * DQK * DHV
-    border_ptr += bh * borders * DQK * DHV
+    border_ptr += bh * (borders - 1) * TILES * BV * BK
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    if end_ptr is not None:
-        end_ptr += bh * DQK * DHV
     if carry_ptr is not None:
         carry_ptr += (tile_v * BH + bh) * (borders + 1)
     gl.warp_specialize(
@@ -463,16 +468,16 @@ def state_times_keys_kernel(
             (
                 keys_state_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, end_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
-                    rows_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_, tile_v * BV,
+                    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, rows_smem,
+                    P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_, tile_v * BV,
                     first, count, NT, BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
                 ),
             ),
             (
-                scores_partition,
+                keys_scores_partition,
                 (
-                    a_smem, b_smem, None, None, rows_smem, P_smem, None, full, empty, P_full, P_empty, first, count, 0,
-                    BACKWARD, BLOCK, BK, STAGES, P_STAGES,
+                    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK, BK,
+                    STAGES, P_STAGES,
                 ),
             ),
             (
@@ -505,7 +510,7 @@ def values_state_partition(
     layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
     READ: gl.constexpr = 6 if BACKWARD else 5
     WRITE: gl.constexpr = 5 if BACKWARD else 6
-    C = load_state(first_ptr, 0, first_k, DQK, DHV, BV, BK, layout_C)
+    C = load_state(first_ptr, 0, first_k, 1, DHV, DHV, DQK, BV, BK, layout_C)
     zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
     for number in range(count):
@@ -537,6 +542,31 @@ def values_state_partition(
         mbarrier.arrive(empty.index(stage), count=1)
         tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_k], y_smem)
     tma.store_wait(0)
+
+
+@gluon.jit
+def values_scores_partition(
+    a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """P = A X^T * Wr (backward: Wr^T) of tile after tile; the row sums of P * (own B^T), before P is rounded."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        dP = products_of_rows(a_smem, x_smem, full, number, BLOCK, BV, STAGES)
+        P = warpgroup_mma_wait(0, deps=[dP]) * gates(tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
+        mbarrier.wait(P_empty.index(0), (number & 1) ^ 1)
+        P_smem.index(0).store(P.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(P_full.index(0), count=1)
+        own, b = own_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
+        scores = warpgroup_mma(own, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        offs_t = tile * BLOCK + offs_l
+        gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
+        mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -580,10 +610,10 @@ def state_times_values_kernel(
                 ),
             ),
             (
-                scores_partition,
+                values_scores_partition,
                 (
                     a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first,
-                    count, T, BACKWARD, BLOCK, BV, STAGES, 1,
+                    count, T, BACKWARD, BLOCK, BK, BV, STAGES,
                 ),
             ),
             (
@@ -736,19 +766,19 @@ def keys_options(DQK: int, DHV: int) -> dict:
 
 # same as 04_tfla_triton/mlstm_hopper.py::values_options
 def values_options(DQK: int, DHV: int) -> dict:
-    """Tiles and warps of state_times_values_kernel. More stages do not fit into shared memory."""
+    """Tiles and warps where a program has 64 columns of d_qk. More stages do not fit into shared memory."""
     BV = max(64, power_of_2(DHV))
     return {"BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 64, "BV": BV, "STAGES": 2, "num_warps": 4}
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::span_of
-def span_of(q: Tensor, NT: int, tiles: int) -> int:
+def span_of(q: Tensor, NT: int, tiles: int, grain: int = GRAIN) -> int:
     """Tiles in a span: the whole sequence, or less of it where multiprocessors would stay without a program."""
     if q.device.type == "meta":
         return NT
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     spans = max(1, programs // (tiles * q.shape[0] * q.shape[1]))
-    return min(NT, ceil_div(ceil_div(NT, spans), BORDER) * BORDER)
+    return min(NT, ceil_div(ceil_div(NT, spans), grain) * grain)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::starts_of_spans
@@ -760,7 +790,7 @@ def starts_of_spans(
     For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
     """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
-    NT, PIECE = ceil_div(T, BLOCK), max(BORDER, SPAN // 8)
+    NT, PIECE = ceil_div(T, BLOCK), max(GRAIN, SPAN // 8)
     SPANS, PIECES, PER_SPAN = ceil_div(NT, SPAN), ceil_div(NT, PIECE), SPAN // PIECE
     BLOCK_DHV = max(64, power_of_2(DHV))
     if SPANS == 1:
@@ -784,13 +814,13 @@ def starts_of_spans(
 
 
 def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the forward pass keeps: rows, decay, and C^T at the borders."""
+    """Shapes and types of what the forward pass keeps: rows, decay, and C^T at the borders, in whole tiles."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    NT = (T + BLOCK - 1) // BLOCK
-    borders = (NT + BORDER - 1) // BORDER
+    NT, o = (T + BLOCK - 1) // BLOCK, keys_options(DQK, DHV)
+    whole = (DHV + o["BV"] - 1) // o["BV"] * o["BV"], o["BK"]
     return [
         ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32),
-        ((B, NH, borders, DHV, DQK), torch.bfloat16),
+        ((B, NH, max(NT - 1, 0) // BORDER, *whole), torch.bfloat16),
     ]  # fmt: skip
 
 
@@ -816,7 +846,7 @@ def launch_forward(
     starts = starts_of_spans(k, v, rows, decay, C_0, SPAN, backward=False)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
-        keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, None, borders, None,
+        keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, borders, None,
         NT, NH, BH, SPAN, BACKWARD=False, **o,
     )  # fmt: skip
     return h, *((C_T,) if return_state else _no_state(q)), *saved
@@ -841,26 +871,30 @@ def launch_backward(
     dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
     rows_ = describe_rows(rows, 8, BLOCK)
 
-    # dv, with <C, dC> at the borders and at the end
+    # dv, with <C, dC> at the borders; in float64 where the sequence begins and ends, so that how PyTorch adds, which
+    # depends on the size of a batch, does not show in float32
     o = keys_options(DQK, DHV)
     tiles_v = ceil_div(DHV, o["BV"])
-    SPAN = span_of(q, NT, tiles_v)
+    SPAN = span_of(q, NT, tiles_v, BORDER)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
-    carry = empty(tiles_v, B, NH, borders.shape[2] + 1)
-    if dC_T is None:
-        carry[..., -1] = 0
+    carry = empty(tiles_v, B, NH, borders.shape[2] + 2)
     keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
     state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
-        keys(k), keys(q), values(dh), values(dv), rows_, decay, ends, dC_0, None if dC_T is None else C_T, borders,
-        carry, NT, NH, BH, SPAN, BACKWARD=True, **o,
+        keys(k), keys(q), values(dh), values(dv), rows_, decay, ends, dC_0, borders, carry, NT, NH, BH, SPAN,
+        BACKWARD=True, **o,
     )  # fmt: skip
+    carry[..., :: borders.shape[2] + 1] = 0
+    for number, C, dC in ((0, C_0, dC_0), (-1, C_T, dC_T)):
+        if dC is not None:
+            carry[0, ..., number] = (C * dC).sum(dim=(-2, -1), dtype=torch.float64)
 
     # dq and dk
     p = values_options(DQK, DHV)
     tiles_k, starts = ceil_div(DQK, p["BK"]), C_0
     if SPAN < NT:  # the states that the spans start from are among those at the borders
-        starts = borders[:, :, :: SPAN // BORDER].mT.float().contiguous()
+        starts, every = empty(B, NH, ceil_div(NT, SPAN), DQK, DHV), SPAN // BORDER
         starts[:, :, 0] = 0 if C_0 is None else C_0
+        starts[:, :, 1:] = borders[:, :, every - 1 :: every, :DHV, :DQK].mT
     q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = empty(4, tiles_k, B, NH, T)
     q_, k_, v_, dh_ = describe(q, p["BK"]), describe(k, p["BK"]), describe(v, p["BV"]), describe(dh, p["BV"])
     for BACKWARD, a, b, x, own, y, tile, state, first in (
@@ -871,7 +905,7 @@ def launch_backward(
             a, b, x, own, describe(y, p["BK"]), rows_, tile, state, decay, first,
             T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
         )  # fmt: skip
-    dgates_kernel[(borders.shape[2] * BH,)](
+    dgates_kernel[(ceil_div(NT, BORDER) * BH,)](
         i, f, decay, q_dq_tile, q_dq_state, k_dk_tile, k_dk_state, carry, di, df,
         *i.stride(), *f.stride(), *di.stride(), *df.stride(),
         T, NT, NH, BH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,

@@ -134,7 +134,7 @@ def unpack(rows, B, NH, NT):
 @pytest.mark.parametrize("regime", list(REGIMES))
 def test_passes_around_the_walks(regime, with_state):
     """All plain Triton kernels, with the four walks written in PyTorch, in float64, between them."""
-    B, NH, T, DQK, DHV, BLOCK = 1, 2, 700, 8, 8, stage.BLOCK
+    B, NH, T, DQK, DHV, BLOCK = 1, 2, 1100, 8, 8, stage.BLOCK
     NT, BH = -(-T // BLOCK), B * NH
     inputs, dh, state, dstate = properties.make(
         B, NH, T, DQK, DHV, regime=regime, dtype=torch.float32, with_state=with_state
@@ -174,14 +174,17 @@ def test_passes_around_the_walks(regime, with_state):
 
     # backward
     S_, new_rows = S.flatten(2)[:, :, :T].float().contiguous(), empty(BH * NT * 8, BLOCK)
-    stage.rows_backward_kernel[(-(-NT // 4) * BH,)](rows, S_, new_rows, T, NT, BLOCK, 4)
-    Wr, w_read, *_ = unpack(new_rows, B, NH, NT)
+    stage.rows_backward_kernel[(-(-NT // 4) * BH,)](rows, S_, new_rows, T, NT, True, BLOCK, 4)
+    assert (unpack(new_rows, B, NH, NT)[-1] == 0).all()  # with assume_norm
+    stage.rows_backward_kernel[(-(-NT // 4) * BH,)](rows, S_, new_rows, T, NT, False, BLOCK, 4)
+    Wr, w_read, *_, sign = unpack(new_rows, B, NH, NT)
     C_dh = dh_ @ C[:, :, :-1].mT
     tile_part = ((q @ k.mT) * (dh_ @ v.mT) * Wr).sum(-1)
-    dh_h = torch.stack([tile_part, w_read * (q * C_dh).sum(-1)]).flatten(3)[..., :T].float().contiguous()
-    stage.delta_kernel[(-(-NT // 4) * BH,)](rows, new_rows, S_, dh_h, T, NT, BH, 2, BLOCK, 4)
+    dh_h = tile_part + w_read * (q * C_dh).sum(-1)
+    delta = sign * dh_h
+    new_rows.view(B, NH, NT, 8, BLOCK)[:, :, :, 7] = delta
     stage.sums_kernel[(NT * BH,)](inputs.q, new_rows, x, *inputs.q.stride()[:3], T, NT, NH, DQK, True, BLOCK, 8)
-    delta, dn = unpack(new_rows, B, NH, NT)[-1], torch.empty_like(n)
+    dn = torch.empty_like(n)
     stage.vectors_kernel[(BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 4, 8)
     dC = [torch.zeros_like(C[:, :, 0]) if dC_T is None else dC_T.double()]
     for c in reversed(range(NT)):
@@ -192,8 +195,9 @@ def test_passes_around_the_walks(regime, with_state):
     dk_state = w_end[..., None] * (v @ dC[:, :, 1:].mT + dn[:, :, 1:, None].double())
     dk = dP.mT @ q + dk_state
     dv = ((q @ k.mT) * Wr).mT @ dh_ + w_end[..., None] * (k @ dC[:, :, 1:])
-    dq_state = w_read[..., None] * (C_dh + delta[..., None] * n[:, :, :-1, None].double())
-    sums = [(x * y).sum(-1) for x, y in ((q, dq - dq_state), (q, dq_state), (k, dk - dk_state), (k, dk_state))]
+    q_dq = torch.where(sign == 0, dh_h, 0)
+    torch.testing.assert_close((q * dq).sum(-1), q_dq, rtol=1e-4, atol=1e-4 * dh_h.abs().max().item())
+    sums = [q_dq, (k * (dk - dk_state)).sum(-1), (k * dk_state).sum(-1)]
     sums = [y.flatten(2)[None, :, :, :T].float().contiguous() for y in sums]
     borders = [*range(0, NT, stage.BORDER), NT]
     carry = (C * dC).sum((-2, -1))[:, :, borders][None].float().contiguous()
@@ -393,7 +397,10 @@ def test_compiles_ahead_of_time():
     """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
     rows = properties.compile_ahead_of_time("sm_90", "stage04_hopper_aot.json", "mlstm_hopper", witness="bfloat16")
     assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
-    assert all(row["stack"] == 0 for row in rows), "registers spill"
+    # dq_kernel keeps all of C where there is room for little else: a few numbers of a tile go by way of the stack.
+    spilled = {row["kernel"] for row in rows if row["stack"] > 0}
+    assert spilled == {"dq_kernel"}
+    assert max(row["stack"] for row in rows) <= 160
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,21 +428,27 @@ MUTANTS = [
     ("read = read * r_smem", "read = read + 0.0 * r_smem"),
     ("P = P * r[:, None]", "P = P"),
     ("P_smem.index(P_stage).permute((1, 0)), y * read,", "P_smem.index(P_stage).permute((1, 0)), y,"),
-    ("(warpgroup_mma_wait(1, deps=[y]) + n) * read", "warpgroup_mma_wait(1, deps=[y]) * read"),
+    ("(warpgroup_mma_wait(1, deps=[y]) + dn) * read", "warpgroup_mma_wait(1, deps=[y]) * read"),
     # the normalizer's gradient
-    ("n = n * rows.index(7)", "n = 0.0 * n * rows.index(7)"),
-    ("scores += rows.index(7).load(gl.SliceLayout(0, layout))[None, :]", "scores += 0.0"),
-    ("scores += rows.index(7).load(gl.SliceLayout(1, layout))[:, None]", "scores += 0.0"),
-    ("tl.where(S > 0, -dh_h, dh_h)", "-dh_h"),
+    ("y = y + n * delta_smem.load(vector)[None, :]", "y = y + 0.0 * n * delta_smem.load(vector)[None, :]"),
+    ("warpgroup_mma_wait(0, deps=[dP]) + rows.index(7)", "warpgroup_mma_wait(0, deps=[dP]) + 0.0 * rows.index(7)"),
+    ("dP + delta[:, None] * Wr", "dP + 0.0 * delta[:, None] * Wr"),
+    ("dh_h += read * q_y", "dh_h += 0.0 * read * q_y"),
+    ("q_y += q_y_smem.index(1).load(vector)", "q_y += 0.0 * q_y_smem.index(1).load(vector)"),
+    ("tl.where(S > 0, -1.0, 1.0)", "-1.0"),
     ("w = tl.load(rows_ptr + 5 * BLOCK) * tl.load(rows_ptr + 7 * BLOCK)", "w = 0.0 * tl.load(rows_ptr + 7 * BLOCK)"),
-    # gradients of the gates, and states
-    ("gl.sum(gl.sum(border.to(gl.float32) * C, axis=1), axis=0)",
-     "gl.sum(gl.sum(border.to(gl.float32) * 0.0, axis=1), axis=0)"),
-    ("gl.sum(gl.sum(C_T * C, axis=1), axis=0)", "gl.sum(gl.sum(C_T * 0.0, axis=1), axis=0)"),
-    ("to_h += tl.load(q_dq_state_ptr", "to_h += 0.0 * tl.load(q_dq_state_ptr"),
+    # states, and one tile's decay where the next one's belongs
+    ("decay = gl.load(decay_ptr + gl.minimum(tile + 1, first + count - 1))", "decay = gl.load(decay_ptr + tile)"),
+    ("decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))",
+     "decay = gl.load(decay_ptr + tile_at(number, first, count, BACKWARD))"),
+    ("k_dk_tile, k_dk_state, decay, ends, T,", "k_dk_tile, k_dk_state, decay, None, T,"),
+    # gradients of the gates
+    ("gl.sum(gl.sum(C_then * C, axis=1), axis=0)", "gl.sum(gl.sum(C_then * 0.0, axis=1), axis=0)"),
+    ("carry[0, ..., -1] = product(C_T, dC_T, 2)", "carry[0, ..., -1] = 0.0 * product(C_T, dC_T, 2)"),
+    ("gl.where(sign == 0.0, dh_h, 0.0)", "dh_h"),
+    ("to_h = tl.load(q_dq_ptr", "to_h = 0.0 * tl.load(q_dq_ptr"),
     ("to_state += tl.load", "to_state += 0.0 * tl.load"),
     ("before, after = before + tl.load(carry),", "before, after = before,"),
-    ("dk, k_dk_tile, k_dk_state, dn, ends),", "dk, k_dk_tile, k_dk_state, dn, None),"),
 ]  # fmt: skip
 
 
