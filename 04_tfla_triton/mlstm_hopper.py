@@ -11,13 +11,12 @@ written and read again, and everything comes from memory once. Of a tile, with P
                                      dC <- decay dC + (w_read * Q)^T dH
     and once more for the gradient of the queries:  dQ = w_read * (dH C^T + delta n) + dP K
 
-So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
-delta, the gradient through the normalizer, needs dh . h before them, from a walk of its own (dh_h_kernel).
+h and dv are computed by one kernel, state_times_keys_kernel. dq_kernel also finds delta, the gradient through the
+normalizer: that takes dh . h, for which a program must have all of d_qk; in dk_kernel it has 64 columns.
 All stabilizers m and, as it takes little more than k, the normalizer state n of every tile come from passes before:
 
     forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> sums_kernel -> vectors_kernel -> h
-    backward    rows_backward_kernel -> dv -> dh_h_kernel -> delta_kernel -> sums_kernel -> vectors_kernel -> dq, dk
-                -> dgates_kernel
+    backward    rows_backward_kernel -> dv -> dq_kernel -> sums_kernel -> vectors_kernel -> dk_kernel -> dgates_kernel
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
 
@@ -40,7 +39,7 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
                4     bounds: where in the tile step i's document begins, and where step j's ends, in one number
                5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; backward: times r
                6     w_end: e^(g + u_j - m_c), weight of step j in the next state
-               7     e^(-m_i), the floor of the denominator; backward: delta
+               7     e^(-m_i), the floor of the denominator; backward: delta, and before it is known its sign
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
     Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
     delta    D times the gradient of S                                       (B, NH, T)
@@ -666,7 +665,7 @@ def keys_scores_partition(
         )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def state_times_keys_kernel(
     a_desc, b_desc, x_desc, y_desc, n_desc, rows_desc, decay_ptr, first_ptr, last_ptr, S_ptr, border_ptr, carry_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
@@ -889,7 +888,7 @@ def dq_scores_partition(
         gl.store(q_dq_ptr + offs_t, gl.where(sign == 0.0, dh_h, 0.0), mask=offs_t < T)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def dq_kernel(
     dh_desc, k_desc, v_desc, q_desc, dq_desc, n_desc, rows_desc, rows_ptr, q_dq_ptr, decay_ptr, first_ptr,
     T, NT, NH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
@@ -1032,7 +1031,7 @@ def dk_scores_partition(
         mbarrier.arrive(empty.index(stage), count=1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def dk_kernel(
     v_desc, q_desc, dh_desc, k_desc, dk_desc, dn_desc, rows_desc, k_dk_tile_ptr, k_dk_state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,

@@ -33,7 +33,7 @@ Glossary (name in code = symbol = shape):
                6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
     decay    e^g of each tile                                                 (B, NH, tiles)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
-    borders  C^T as every 16th tile but the first finds it, for the gates     (B, NH, borders, DHV, DQK)  bfloat16
+    borders  C^T as every 8th tile but the first finds it, for the gates      (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstmsig_tfla.py has them all).
 
@@ -67,7 +67,7 @@ State = tuple[Tensor]
 
 # Steps in a tile, tiles from one stored state to the next, and tiles of which spans are multiples.
 BLOCK = 64
-BORDER = 16
+BORDER = 8
 GRAIN = 8
 # A forget gate below this begins a new document: e^-110 is 0 in float32, so that nothing is lost but the digits that
 # b would lose behind it.
@@ -431,7 +431,7 @@ def keys_state_partition(
             gl.store(last_ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def state_times_keys_kernel(
     a_desc, b_desc, x_desc, y_desc, rows_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
     NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
@@ -569,7 +569,7 @@ def values_scores_partition(
         mbarrier.arrive(empty.index(stage), count=1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def state_times_values_kernel(
     a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, X_ptr, state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,

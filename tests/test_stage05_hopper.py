@@ -128,7 +128,7 @@ def test_rows_of_gates(regime):
 @pytest.mark.parametrize("regime", ["typical", "resets"])
 def test_gradients_of_gates_from_exact_sums(regime, with_state):
     """If q . dq, k . dk and <C, dC> had no rounding errors, di and df had none: from both sides comes the same."""
-    B, NH, T, STEPS = 1, 2, 1100, stage.BORDER * stage.BLOCK
+    B, NH, T, STEPS = 1, 2, 700, stage.BORDER * stage.BLOCK
     inputs, dh, state, dstate = make(B, NH, T, 8, 8, regime=regime, dtype=torch.float64, with_state=with_state)
     whole = oracle(inputs, dh, initial_state=state, dstate=dstate, cell="sig")
     part = oracle(properties.cut(inputs, None, STEPS), dh[:, :, :STEPS], initial_state=state, cell="sig")

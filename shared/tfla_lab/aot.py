@@ -49,7 +49,8 @@ class Launch:
         self.kernel, self.options, self.signature, self.constexprs, self.attrs = kernel, options, {}, {}, {}
         for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
             value = values[name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            known = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or known:
                 self.signature[name], self.constexprs[(index,)] = "constexpr", value
                 continue
             if isinstance(value, torch.Tensor):
@@ -59,7 +60,8 @@ class Launch:
                 self.signature[name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
             else:
                 self.signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+            if isinstance(value, torch.Tensor) or aligned:
                 self.attrs[(index,)] = [["tt.divisibility", 16]]
 
     def key(self) -> str:
@@ -150,10 +152,10 @@ def mlstm_hopper(stage, dtype: str):
     if dtype != "bfloat16":
         return
     for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
-        (*x, h), state = tensors(dtype, DQK, DHV)
+        (*x, h), state = tensors(dtype, DQK, DHV, (2, 4, 2048))
         with catch_launches() as launches:
-            for start, SPAN in ((state, 16), ((None,) * 3, 16), ((None,) * 3, 8)):
-                stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
+            for start, SPAN in ((state, 32), ((None,) * 3, 32), ((None,) * 3, 16)):
+                stage.span_of = lambda x, NT, tiles, *_, SPAN=SPAN: SPAN
                 _, C_T, _, _, *saved = stage.launch_forward(*x, *start, False, start[0] is not None)
                 stage.launch_backward(h, *start, *x, *start, C_T, *saved, False)
         yield f"{dtype} {DQK}/{DHV}", launches
@@ -187,10 +189,10 @@ def mlstmsig_hopper(stage, dtype: str):
     if dtype != "bfloat16":
         return
     for DQK, DHV in ((128, 256), (64, 64), (72, 104)):
-        (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV)
+        (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV, (2, 4, 2048))
         with catch_launches() as launches:
-            for start, SPAN in ((C_0, 16), (None, 16), (None, 8)):
-                stage.span_of = lambda x, NT, tiles, SPAN=SPAN: SPAN
+            for start, SPAN in ((C_0, 32), (None, 32), (None, 16)):
+                stage.span_of = lambda x, NT, tiles, *_, SPAN=SPAN: SPAN
                 _, *saved = stage.launch_forward(*x, start, start is not None)
                 stage.launch_backward(h, start, *x, start, *saved)
         yield f"{dtype} {DQK}/{DHV}", launches
