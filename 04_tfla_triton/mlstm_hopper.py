@@ -1501,7 +1501,7 @@ def mlstm_hopper(
         initial_state: (C, n, m), (B, NH, DQK, DHV), (B, NH, DQK), (B, NH), float32; None is the empty memory,
             C = 0, n = 0, m = 0.
         return_state: also return the state after the last step, in float32.
-        assume_norm: leave the normalizer's gradient out, which saves a sixth of the time. That is right only
+        assume_norm: leave the normalizer's gradient out, as mlstm_tfla can; here that saves no time. It is right only
             where this gradient, dh . h at the steps at which |n . s q| > e^(-m), vanishes: if nothing reads h but a
             norm that ignores the scale of its input (RMSNorm or LayerNorm over each head, with an eps far below h's
             own mean square). Otherwise dq, dk, di and df are wrong. dv is right in any case.
