@@ -192,6 +192,10 @@ def section(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     NH, DQK, DHV = MAIN
     measured, more = {row.get("pass") for row in result["rows"]}, ""
+    if any(
+        (row["heads"], row["d_qk"], row["d_hv"]) != MAIN for row in result["rows"] if "pass" in row and is_ours(row)
+    ):
+        more += f"Other head dimensions, heads × (d_qk, d_hv), at T = {HEADLINE:,}:\n\n{shapes_table(result)}\n\n"
     if "prefill" in measured:
         more += f"One long sequence, forward with the state after it, in ms:\n\n{prefill_table(result)}\n\n"
     if "decode" in measured:
@@ -207,10 +211,6 @@ reference in float64 before it was timed, and each peer has the fastest of its o
 {main_table(result)}
 
 <img src="shared/results/bench_forward.svg" alt="Time of the forward pass over the length of the sequence" width="49%"> <img src="shared/results/bench_forward_backward.svg" alt="Time of forward and backward pass over the length of the sequence" width="49%"> <img src="shared/results/bench_memory.svg" alt="Memory of forward and backward pass over the length of the sequence" width="49%">
-
-Other head dimensions, heads × (d_qk, d_hv), at T = {HEADLINE:,}:
-
-{shapes_table(result)}
 
 {more}{remarks(result)}
 
