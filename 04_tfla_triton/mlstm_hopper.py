@@ -519,20 +519,24 @@ def h_scores_partition(
 
 
 @gluon.jit
-def dv_scores_partition(
-    k_smem, q_smem, rows_smem, P_smem, full, empty, P_full, P_empty, first, count,
-    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+def scores_partition(
+    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P = K Q^T * Wr^T of tile after tile, from the last to the first, as h_scores_partition."""
+    """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16.
+
+    While the others are told of a tile, the matrix unit has the products of the next.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    scores = products_of_rows(k_smem, q_smem, full, 0, BLOCK, D, STAGES)
+    scores = products_of_rows(a_smem, b_smem, full, 0, BLOCK, D, STAGES)
     scores = warpgroup_mma_wait(0, deps=[scores])
     for number in range(count):
         stage, P_stage = number % STAGES, number % P_STAGES
-        P = scores * gates(tile_rows(rows_smem, stage, BLOCK), True, BLOCK, layout)
+        P = scores * gates(tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
         mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
         P_smem.index(P_stage).store(P.to(gl.bfloat16))
-        scores = products_of_rows(k_smem, q_smem, full, gl.minimum(number + 1, count - 1), BLOCK, D, STAGES)
+        # Past the last tile, that one once more, which nobody looks at.
+        scores = products_of_rows(a_smem, b_smem, full, gl.minimum(number + 1, count - 1), BLOCK, D, STAGES)
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
@@ -655,8 +659,8 @@ def keys_scores_partition(
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     if BACKWARD:
-        dv_scores_partition(
-            a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, first, count, BLOCK, D, STAGES, P_STAGES
+        scores_partition(
+            a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, True, BLOCK, D, STAGES, P_STAGES
         )
     else:
         h_scores_partition(
@@ -966,11 +970,10 @@ def dk_state_partition(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Keeps a tile of dC^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
-    layout_dC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
-    layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
-    dC = load_state(first_ptr, 0, first_k, 1, DHV, DHV, DQK, BV, BK, layout_dC)
-    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
-    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
+    dC = load_state(first_ptr, 0, first_k, 1, DHV, DHV, DQK, BV, BK, layout)
+    zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout)
+    offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     for number in range(count):
         stage, tile = number % STAGES, tile_at(number, first, count, True)
         decay = gl.load(decay_ptr + tile)
@@ -982,15 +985,15 @@ def dk_state_partition(
         weighted_smem.store(weighted_keys(q, rows.index(5)))
         fence_async_shared()
         dC = dC * decay
-        read = rows.index(6).load(gl.SliceLayout(1, layout_y))[:, None]
+        read = rows.index(6).load(gl.SliceLayout(1, layout))[:, None]
 
         y = warpgroup_mma(v, dC_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
         dC = warpgroup_mma(dh.permute((1, 0)), weighted_smem, dC, is_async=True)
         dn = dn_smem.index(stage)._reinterpret(gl.float32, [1, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(0)
-        dn = dn.load(gl.SliceLayout(0, layout_y))[None, :]
+        dn = dn.load(gl.SliceLayout(0, layout))[None, :]
         mbarrier.wait(P_full.index(0), number & 1)
         y = (warpgroup_mma_wait(1, deps=[y]) + dn) * read
-        k_y = k.load(layout_y).to(gl.float32) * y
+        k_y = k.load(layout).to(gl.float32) * y
         y = warpgroup_mma(P_smem.index(0), q, y, is_async=True)
         offs_t = tile * BLOCK + offs_l
         gl.store(k_dk_ptr + offs_t, gl.sum(k_y, axis=1), mask=offs_t < T)  # the state's part of k . dk
@@ -1403,11 +1406,13 @@ def launch_backward(
     carry[..., :: borders.shape[2] + 1] = 0  # at both ends of the sequence, where there is no state
     if C_0 is not None:
         dn_0 = dn[:, :, 0].clone()
-        carry[0, ..., 0] = product(C_0, dC_0, 2)
-        dstate = dC_0, dn_0, (product(C_0, dC_0, 2) + product(n_0, dn_0, 1)).float()
+        overlap = product(C_0, dC_0, 2)
+        carry[0, ..., 0] = overlap
+        dstate = dC_0, dn_0, (overlap + product(n_0, dn_0, 1)).float()
     if dC_T is not None:
-        carry[0, ..., -1] = product(C_T, dC_T, 2)
-        dm_rest = dm_T - (product(C_T, dC_T, 2) + product(n[:, :, -1], dn_T, 1)).float()
+        overlap = product(C_T, dC_T, 2)
+        carry[0, ..., -1] = overlap
+        dm_rest = dm_T - (overlap + product(n[:, :, -1], dn_T, 1)).float()
         m_first = torch.zeros_like(dm_T) if m_0 is None else m_0
         di_rest, df_bar_rest, dm_0_rest = stabilizer_gradient(i.double(), f.double(), m_first, dm_rest)
         di_rest, df_bar_rest = di_rest.float().contiguous(), df_bar_rest.float().contiguous()

@@ -293,8 +293,9 @@ def products_of_rows(
     return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::scores_partition
 @gluon.jit
-def keys_scores_partition(
+def scores_partition(
     a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -474,7 +475,7 @@ def state_times_keys_kernel(
                 ),
             ),
             (
-                keys_scores_partition,
+                scores_partition,
                 (
                     a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK, BK,
                     STAGES, P_STAGES,
