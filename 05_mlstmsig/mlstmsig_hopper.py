@@ -148,45 +148,56 @@ def rows_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Spans of few sequences, in plain Triton
 # ---------------------------------------------------------------------------------------------------------------------
+# same as 04_tfla_triton/mlstm_hopper.py::product
+@triton.jit
+def product(a, b):
+    return a * b
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::piece_decays
+@triton.jit
+def piece_decays(decay_ptr, number, span, NT, PIECE, PER_SPAN, BLOCK_PIECE: tl.constexpr):
+    """What each of these pieces of a span multiplies the state by; 1 if there is no such piece."""
+    tile = tl.arange(0, BLOCK_PIECE)[None, :]
+    offs = (span * PER_SPAN + number[:, None]) * PIECE + tile
+    inside = ((number >= 0) & (number < PER_SPAN))[:, None] & (tile < PIECE) & (offs < NT)
+    return tl.reduce(tl.load(decay_ptr + offs, mask=inside, other=1.0), 1, product)
+
+
 # same as 04_tfla_triton/mlstm_hopper.py::pieces_kernel
 @triton.jit
 def pieces_kernel(
-    k_ptr, v_ptr, rows_ptr, decay_ptr, C_ptr, decays_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    T, NT, NH, PIECE, first, DQK, DHV, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
-    BLOCK_DHV: tl.constexpr,
+    decay_ptr, decays_ptr, weights_ptr, NT, PIECE, PER_SPAN,
+    BACKWARD: tl.constexpr, BLOCK_PIECES: tl.constexpr, BLOCK_PIECE: tl.constexpr,
 ):  # fmt: skip
-    """What PIECE tiles make of an empty state, and the product of their decays. Grid: tiles of C, pieces, B * NH."""
-    tiles_v, pieces = tl.cdiv(DHV, BLOCK_DHV), tl.cdiv(NT, PIECE)
-    tile_k, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
-    piece, bh = first + tl.program_id(1), tl.program_id(2).to(tl.int64)
-    offs_k, offs_v = tile_k * BLOCK_DQK + tl.arange(0, BLOCK_DQK), tile_v * BLOCK_DHV + tl.arange(0, BLOCK_DHV)
-    k_ptr, v_ptr = head(k_ptr, bh, NH, stride_kb, stride_kh), head(v_ptr, bh, NH, stride_vb, stride_vh)
-    WRITE: tl.constexpr = 5 if BACKWARD else 6
-    C = tl.zeros((BLOCK_DQK, BLOCK_DHV), dtype=tl.float32)
-    decays = tl.full((), 1.0, dtype=tl.float32)
-    tiles = tl.minimum(PIECE, NT - piece * PIECE)
-    for n in range(tiles):
-        tile = piece * PIECE + (tiles - 1 - n if BACKWARD else n)
-        offs_t = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-        mask = (offs_t < T)[:, None]
-        k_rows, v_rows = k_ptr + offs_t[:, None] * stride_kt, v_ptr + offs_t[:, None] * stride_vt
-        k = tl.load(k_rows + offs_k[None, :], mask=mask & (offs_k < DQK)[None, :], other=0.0)
-        v = tl.load(v_rows + offs_v[None, :], mask=mask & (offs_v < DHV)[None, :], other=0.0)
-        w = tl.load(rows_ptr + ((bh * NT + tile) * 8 + WRITE) * BLOCK + tl.arange(0, BLOCK))
-        decay = tl.load(decay_ptr + bh * NT + tile)
-        k = (k.to(tl.float32) * w[:, None]).to(v.dtype)
-        C, decays = tl.dot(tl.trans(k), v, C * decay), decays * decay
-    if tl.program_id(0) == 0:
-        tl.store(decays_ptr + bh * pieces + piece, decays)
-    C_ptr += (bh * pieces + piece) * DQK * DHV + offs_k[:, None] * DHV + offs_v[None, :]
-    tl.store(C_ptr, C, mask=(offs_k < DQK)[:, None] & (offs_v < DHV)[None, :])
+    """Of each piece what it multiplies the state by, and what the pieces behind it do until the span ends (backward:
+    those before it, until it begins). Grid: spans, B * NH."""
+    span, bh, pieces = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(NT, PIECE)
+    number = tl.arange(0, BLOCK_PIECES)
+    decay_ptr += bh * NT
+    own = piece_decays(decay_ptr, number, span, NT, PIECE, PER_SPAN, BLOCK_PIECE)
+    next_one = number - 1 if BACKWARD else number + 1
+    then = piece_decays(decay_ptr, next_one, span, NT, PIECE, PER_SPAN, BLOCK_PIECE)
+    weights = tl.associative_scan(then, 0, product, reverse=not BACKWARD)
+    piece = span * PER_SPAN + number
+    mask = (number < PER_SPAN) & (piece < pieces)
+    tl.store(decays_ptr + bh * pieces + piece, own, mask=mask)
+    tl.store(weights_ptr + bh * pieces + piece, weights, mask=mask)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::add_piece
+@triton.jit
+def add_piece(C, C_ptr, decays_ptr, weights_ptr, piece, SIZE, offs):
+    """The state after a piece, from the state before it and what the piece makes of an empty one."""
+    size = tl.where(tl.load(weights_ptr + piece) == 0.0, 0, SIZE)  # without weight it was not even computed
+    return C * tl.load(decays_ptr + piece) + tl.load(C_ptr + piece * SIZE + offs, mask=offs < size, other=0.0)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::starts_kernel
 @triton.jit
 def starts_kernel(
-    C_ptr, decays_ptr, first_ptr, start_ptr, PIECES, PER_SPAN, SIZE, BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    C_ptr, decays_ptr, weights_ptr, first_ptr, start_ptr, PIECES, PER_SPAN, SIZE,
+    BACKWARD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """The state that each span of PER_SPAN pieces, the last one of less, starts from. Grid: entries of C, B * NH."""
     bh, spans = tl.program_id(1).to(tl.int64), tl.cdiv(PIECES, PER_SPAN)
@@ -194,21 +205,20 @@ def starts_kernel(
     C = tl.zeros((BLOCK_SIZE,), dtype=tl.float32)
     if first_ptr is not None:
         C = tl.load(first_ptr + bh * SIZE + offs, mask=offs < SIZE, other=0.0)
-    first = (spans - 1) * PER_SPAN if BACKWARD else 0
-    tl.store(start_ptr + (bh * spans + first // PER_SPAN) * SIZE + offs, C, mask=offs < SIZE)
+    C_ptr, start_ptr = C_ptr + bh * PIECES * SIZE, start_ptr + bh * spans * SIZE
+    decays_ptr, weights_ptr = decays_ptr + bh * PIECES, weights_ptr + bh * PIECES
+    tl.store(start_ptr + ((spans - 1) * SIZE if BACKWARD else 0) + offs, C, mask=offs < SIZE)
     if BACKWARD:
         for n in range(PIECES - PER_SPAN):
             piece = PIECES - 1 - n
-            own = tl.load(C_ptr + (bh * PIECES + piece) * SIZE + offs, mask=offs < SIZE, other=0.0)
-            C = C * tl.load(decays_ptr + bh * PIECES + piece) + own
+            C = add_piece(C, C_ptr, decays_ptr, weights_ptr, piece, SIZE, offs)
             if piece % PER_SPAN == 0:
-                tl.store(start_ptr + (bh * spans + piece // PER_SPAN - 1) * SIZE + offs, C, mask=offs < SIZE)
+                tl.store(start_ptr + (piece // PER_SPAN - 1) * SIZE + offs, C, mask=offs < SIZE)
     else:
         for piece in range((spans - 1) * PER_SPAN):
-            own = tl.load(C_ptr + (bh * PIECES + piece) * SIZE + offs, mask=offs < SIZE, other=0.0)
-            C = C * tl.load(decays_ptr + bh * PIECES + piece) + own
+            C = add_piece(C, C_ptr, decays_ptr, weights_ptr, piece, SIZE, offs)
             if (piece + 1) % PER_SPAN == 0:
-                tl.store(start_ptr + (bh * spans + (piece + 1) // PER_SPAN) * SIZE + offs, C, mask=offs < SIZE)
+                tl.store(start_ptr + (piece + 1) // PER_SPAN * SIZE + offs, C, mask=offs < SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,11 +244,12 @@ def tile_rows(rows_smem, stage, BLOCK: gl.constexpr):
 @gluon.jit
 def load_partition(
     a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem,
-    full, empty, batch, head_, bh, first_b, first_x, first_n, first, count, NT,
+    full, empty, batch, head_, bh, first_a, first_b, first_x, first_n, first, count, NT,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
-    size: gl.constexpr = a_desc.block_type.nbytes + b_desc.block_type.nbytes + x_desc.block_type.nbytes
+    a_size: gl.constexpr = 0 if a_desc is None else a_desc.block_type.nbytes
+    size: gl.constexpr = a_size + b_desc.block_type.nbytes + x_desc.block_type.nbytes
     own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
     n_size: gl.constexpr = 0 if n_desc is None else n_desc.block_type.nbytes
     for number in range(count):
@@ -247,7 +258,8 @@ def load_partition(
         barrier = full.index(stage)
         mbarrier.expect(barrier, size + own_size + n_size + rows_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(rows_desc, [(bh * NT + tile) * 8, 0], barrier, rows_smem.index(stage))
-        tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, 0], barrier, a_smem.index(stage))
+        if a_desc is not None:
+            tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, first_a], barrier, a_smem.index(stage))
         tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_b], barrier, b_smem.index(stage))
         tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_x], barrier, x_smem.index(stage))
         if own_desc is not None:
@@ -485,12 +497,229 @@ def state_times_keys_kernel(
                 load_partition,
                 (
                     a_desc, b_desc, x_desc, None, None, rows_desc, a_smem, b_smem, x_smem, None, None, rows_smem, full,
-                    empty, batch, head_, bh.to(gl.int32), 0, tile_v * BV, 0, first, count, NT, BACKWARD, BLOCK, STAGES,
+                    empty, batch, head_, bh.to(gl.int32), 0, 0, tile_v * BV, 0, first, count, NT, BACKWARD, BLOCK,
+                    STAGES,
                 ),
             ),
         ],
         [4, 1],
         [112, 24],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wide heads, and the states that spans start from
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 04_tfla_triton/mlstm_hopper.py::walk_state_partition
+@gluon.jit
+def walk_state_partition(
+    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
+    a_smem, b_smem, x_smem, P_smem, rows_smem, weighted_smem, full, empty,
+    batch, head_, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end,
+    HALF: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
+    BC: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps 64 rows of the state in registers, in pieces of 64 columns, each in turn the left operand of a product.
+
+    All products are transposed: Y is (64 x BLOCK).
+    """
+    PIECES: gl.constexpr = BC // 64
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
+    WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
+    y = gl.zeros([64, BLOCK], gl.float32, layout=layout)
+    first_row += HALF * 64
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
+    # One buffer for two things of a tile: the weighted rows of X, then Y.
+    weighted = weighted_smem.index(HALF).reshape([BLOCK, 64])
+    C = ()
+    for piece in gl.static_range(PIECES):
+        C_piece = load_state(
+            first_ptr, first_row, first_column + piece * 64, stride_row, stride_column, ROWS, COLUMNS, 64, 64, layout
+        )
+        C = C + (C_piece,)  # noqa: RUF005, Gluon knows +
+    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        x = x_smem.index(stage).reshape([BLOCK, x_smem.shape[4]]).slice(HALF * 64, 64, dim=1)
+        b, rows = b_smem.index(stage).reshape([BLOCK, BC]), tile_rows(rows_smem, stage, BLOCK)
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        decayed = ()
+        for piece in gl.static_range(PIECES):
+            decayed = decayed + (C[piece] * decay,)  # noqa: RUF005, Gluon knows +
+            if a_smem is not None:
+                C_operand = gl.convert_layout(C[piece].to(gl.bfloat16), operand)
+                if piece > 0:  # there is no room for more than one operand beside C
+                    y = warpgroup_mma_wait(0, deps=[y])
+                a = a_smem.index(stage).reshape([BLOCK, BC]).slice(piece * 64, 64, dim=1)
+                y = warpgroup_mma(C_operand, a.permute((1, 0)), y, use_acc=piece > 0, is_async=True)
+        following = tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD)
+        decay = gl.load(decay_ptr + following)
+        if y_desc is not None:
+            tma.store_wait(0)  # the last tile's Y has left its buffer
+        for half in gl.static_range(2):  # of the steps, to need fewer registers at a time
+            some = weighted_keys(x.slice(half * 32, 32), rows.index(WRITE).slice(half * 32, 32))
+            weighted.slice(half * 32, 32).store(some)
+        fence_async_shared()
+        y = warpgroup_mma_wait(0, deps=[y])
+        C = ()
+        for piece in gl.static_range(PIECES):
+            b_piece = b.slice(piece * 64, 64, dim=1)
+            C = C + (warpgroup_mma(weighted.permute((1, 0)), b_piece, decayed[piece], is_async=True),)  # noqa: RUF005, Gluon knows +
+        if y_ptr is not None:
+            gl.store(y_ptr + (tile * BLOCK + column) * ROWS + row, y, mask=row < ROWS)
+        if P_smem is not None:
+            P = P_smem.index(stage).reshape([BLOCK, BLOCK])
+            P = P if BACKWARD else P.permute((1, 0))
+            y = y * rows.index(READ).load(gl.SliceLayout(0, layout))[None, :]
+            y = warpgroup_mma(x.permute((1, 0)), P, y, is_async=True)
+        done = warpgroup_mma_wait(0, deps=(y,) + C)  # noqa: RUF005, Gluon knows +
+        y, C = done[0], done[1:]
+        if y_desc is not None:
+            weighted.permute((1, 0)).store(y.to(gl.bfloat16))
+            fence_async_shared()
+        mbarrier.arrive(empty.index(stage), count=1)
+        if y_desc is not None:
+            tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_row], weighted_smem.index(HALF))
+        if border_ptr is not None and not BACKWARD:  # noqa: SIM102, it is decided when this is compiled
+            if (tile + 1) % BORDER == 0 and tile + 1 < NT:
+                for piece in gl.static_range(PIECES):
+                    border = border_ptr + ((tile + 1) // BORDER - 1) * SIZE + row * BC + piece * 64 + column
+                    gl.store(border, C[piece].to(gl.bfloat16))
+        if carry_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
+            if tile % BORDER == 0 and tile > 0:
+                overlap = gl.zeros([64, 64], gl.float32, layout=layout)
+                for piece in gl.static_range(PIECES):
+                    border = border_ptr + (tile // BORDER - 1) * SIZE + row * BC + piece * 64 + column
+                    overlap += gl.load(border).to(gl.float32) * C[piece]
+                gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(overlap, axis=1), axis=0))
+    tma.store_wait(0)
+    if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
+        if at_end:
+            for piece in gl.static_range(PIECES):
+                k = first_column + piece * 64 + column
+                mask = (row < ROWS) & (k < COLUMNS)
+                gl.store(last_ptr + row * stride_row + k * stride_column, C[piece], mask=mask)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::walk_second_half_partition
+@gluon.jit
+def walk_second_half_partition(
+    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
+    a_smem, b_smem, x_smem, P_smem, rows_smem, weighted_smem, full, empty,
+    batch, head_, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end,
+    BR: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
+    BC: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Narrow heads have none."""
+    if BR > 64:
+        walk_state_partition(
+            y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, P_smem,
+            rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column, stride_row, stride_column,
+            ROWS, COLUMNS, first, count, NT, at_end, 1, BACKWARD, BLOCK, BORDER, SIZE, BC, STAGES,
+        )  # fmt: skip
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::walk_kernel
+@gluon.jit(do_not_specialize=["NT", "SPAN", "SPANS", "FIRST_SPAN"])  # Triton 3.6 fails on a loop known to be one round
+def walk_kernel(
+    a_desc, b_desc, x_desc, P_desc, y_desc, rows_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
+    weights_ptr, NT, NH, BH, SPAN, SPANS, FIRST_SPAN,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    BR: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A walk that keeps BR x BC of the state, 64 rows in each of one or two warpgroups; P is known.
+
+    y_desc      Y = read * (A C) + P X, C <- decay C + (write * B)^T X, of heads too wide for state_times_keys_kernel;
+                the state's rows are columns of X, X, Y = V, H or dH, dV
+    y_ptr       Y = A C alone, in float32, (tiles of columns, B * NH, NT, BLOCK, DQK), C <- decay C + B^T (write * X);
+                the state's rows are columns of X = K or Q
+    neither     likewise, but nothing is wanted but the state where a span ends, and only if its weight is not 0
+    Grid: (tiles of the state) * SPANS * B * NH.
+    """
+    KEYS: gl.constexpr = y_desc is None
+    ROWS: gl.constexpr = DQK if KEYS else DHV
+    COLUMNS: gl.constexpr = DHV if KEYS else DQK
+    stride_row: gl.constexpr = DHV if KEYS else 1
+    stride_column: gl.constexpr = 1 if KEYS else DHV
+    TILES_R: gl.constexpr = (ROWS + BR - 1) // BR
+    TILES_C: gl.constexpr = (COLUMNS + BC - 1) // BC
+    HALVES: gl.constexpr = BR // 64
+    SIZE: gl.constexpr = TILES_R * BR * BC
+    part, program = gl.program_id(0) % (TILES_R * TILES_C), gl.program_id(0) // (TILES_R * TILES_C)
+    tile_r, tile_c = part // TILES_C, part % TILES_C
+    bh, span = (program // SPANS).to(gl.int64), FIRST_SPAN + program % SPANS
+    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
+    first, first_row, first_column = span * SPAN, tile_r * BR, tile_c * BC
+    count = gl.minimum(SPAN, NT - first)
+    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
+
+    b_smem, x_smem, rows_smem = ring(b_desc, STAGES), ring(x_desc, STAGES), ring(rows_desc, STAGES)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [HALVES, 1, 1, BLOCK, 64], swizzled)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES)
+    if a_desc is None:
+        a_smem: gl.constexpr = None
+    else:
+        a_smem = ring(a_desc, STAGES)
+    if P_desc is None:
+        P_smem: gl.constexpr = None
+    else:
+        P_smem = ring(P_desc, STAGES)
+    fence_async_shared()
+    if weights_ptr is not None:
+        count = gl.where(gl.load(weights_ptr + bh * spans + span) != 0.0, count, 0)
+    if KEYS:
+        at_end = count > 0
+    else:
+        at_end = (first == 0) if BACKWARD else (first + count == NT)
+    decay_ptr += bh * NT
+    if first_ptr is not None:
+        first_ptr += (bh * spans + span) * DQK * DHV
+    if last_ptr is not None:
+        last_ptr += ((bh * spans + span) if KEYS else bh) * DQK * DHV
+    if y_ptr is not None:
+        y_ptr += (tile_c * BH + bh) * NT * DQK * BLOCK
+    if border_ptr is not None:
+        border_ptr += bh * (borders - 1) * SIZE
+    if carry_ptr is None:
+        second_carry_ptr: gl.constexpr = None
+    else:
+        carry_ptr += (tile_r * HALVES * BH + bh) * (borders + 1)
+        second_carry_ptr = carry_ptr + BH * (borders + 1)
+    gl.warp_specialize(
+        [
+            (
+                walk_state_partition,
+                (
+                    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
+                    P_smem, rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column, stride_row,
+                    stride_column, ROWS, COLUMNS, first, count, NT, at_end, 0, BACKWARD, BLOCK, BORDER, SIZE, BC,
+                    STAGES,
+                ),
+            ),
+            (
+                walk_second_half_partition,
+                (
+                    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, second_carry_ptr, a_smem, b_smem,
+                    x_smem, P_smem, rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column,
+                    stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end, BR, BACKWARD, BLOCK, BORDER,
+                    SIZE, BC, STAGES,
+                ),
+            ),
+            (
+                load_partition,
+                (
+                    a_desc, b_desc, x_desc, P_desc, None, rows_desc, a_smem, b_smem, x_smem, P_smem, None, rows_smem,
+                    full, empty, batch, head_, bh.to(gl.int32), first_column, first_column, first_row, 0, first,
+                    count, NT, BACKWARD, BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 24],
     )  # fmt: skip
 
 
@@ -621,7 +850,7 @@ def state_times_values_kernel(
                 load_partition,
                 (
                     a_desc, b_desc, x_desc, own_desc, None, rows_desc, a_smem, b_smem, x_smem, own_smem, None,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), tile_k * BK, 0, 0, first, count, NT,
+                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), 0, tile_k * BK, 0, 0, first, count, NT,
                     BACKWARD, BLOCK, STAGES,
                 ),
             ),
@@ -629,6 +858,109 @@ def state_times_values_kernel(
         [4, 1],
         [136, 24],
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What happens within the tiles of wide heads, in plain Triton
+# ---------------------------------------------------------------------------------------------------------------------
+# same as 04_tfla_triton/mlstm_hopper.py::load_part
+@triton.jit
+def load_part(x_ptr, stride_t, offs_t, T, first, D, PART: tl.constexpr):
+    """Some columns of a tile of x (.., T, D), 0 outside of it."""
+    columns = first + tl.arange(0, PART)[None, :]
+    mask = (offs_t < T)[:, None] & (columns < D)
+    return tl.load(x_ptr + offs_t[:, None] * stride_t + columns, mask=mask, other=0.0)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::load_sum
+@triton.jit
+def load_sum(y_ptr, stride_part, offs_l, first, D, PARTS: tl.constexpr, PART: tl.constexpr):
+    """Some columns of what the walks left of a tile, (BLOCK x D), summed up over the walks' tiles of columns."""
+    columns = first + tl.arange(0, PART)[None, :]
+    y_ptr += offs_l[:, None] * D + columns
+    y = tl.load(y_ptr, mask=columns < D, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(y_ptr + part * stride_part, mask=columns < D, other=0.0)
+    return y
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::products
+@triton.jit
+def products(a_ptr, b_ptr, stride_at, stride_bt, offs_t, T, D, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """A B^T of a tile."""
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for first in range(0, D, PART):
+        a = load_part(a_ptr, stride_at, offs_t, T, first, D, PART)
+        b = load_part(b_ptr, stride_bt, offs_t, T, first, D, PART)
+        acc = tl.dot(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
+def tile_weights(rows_ptr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """As `gates`."""
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    own, other, bounds = (1, 0, 3) if BACKWARD else (0, 1, 2)
+    log_w = tl.load(rows_ptr + own * BLOCK + i) + tl.load(rows_ptr + other * BLOCK + j)
+    bound = tl.load(rows_ptr + bounds * BLOCK + i).to(tl.int32)
+    if BACKWARD:
+        mask = (j >= i) & (j < bound)
+    else:
+        mask = (j <= i) & (j >= bound)
+    return tl.exp2(tl.where(mask, log_w, -float("inf")))
+
+
+@triton.jit
+def scores_tile_kernel(
+    q_ptr, k_ptr, rows_ptr, P_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    T, NT, NH, DQK, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """P = Q K^T * Wr, with zeros past T. Grid: NT * B * NH."""
+    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
+    offs_l = tl.arange(0, BLOCK)
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
+    q_ptr, k_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh), head(k_ptr, bh, NH, stride_kb, stride_kh)
+    P = products(q_ptr, k_ptr, stride_qt, stride_kt, offs_t, T, DQK, BLOCK, PART)
+    P = P * tile_weights(rows_ptr + (bh * NT + tile) * 8 * BLOCK, False, BLOCK)
+    P_ptr += (bh * NT + tile) * BLOCK * BLOCK + offs_l[:, None] * BLOCK + offs_l[None, :]
+    tl.store(P_ptr, P.to(P_ptr.dtype.element_ty))
+
+
+@triton.jit
+def values_tile_kernel(
+    a_ptr, b_ptr, x_ptr, own_ptr, y_ptr, rows_ptr, out_ptr, X_ptr, state_ptr,
+    stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt, stride_xb, stride_xh, stride_xt,
+    stride_ownb, stride_ownh, stride_ownt, stride_outb, stride_outh, stride_outt,
+    T, NT, NH, BH, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """read * Y + P B, with P = A X^T * Wr (backward: Wr^T) and Y = A C, as state_times_values_kernel: dq or dk.
+
+    Also q . dq or k . dk in two parts. Grid: NT * B * NH.
+    """
+    bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
+    offs_l = tl.arange(0, BLOCK)
+    offs_t = (tile * BLOCK + offs_l).to(tl.int64)
+    a_ptr, x_ptr = head(a_ptr, bh, NH, stride_ab, stride_ah), head(x_ptr, bh, NH, stride_xb, stride_xh)
+    b_ptr, own_ptr = head(b_ptr, bh, NH, stride_bb, stride_bh), head(own_ptr, bh, NH, stride_ownb, stride_ownh)
+    out_ptr = head(out_ptr, bh, NH, stride_outb, stride_outh) + offs_t[:, None] * stride_outt
+    rows_ptr, y_ptr = rows_ptr + (bh * NT + tile) * 8 * BLOCK, y_ptr + (bh * NT + tile) * BLOCK * DQK
+    stride_part = BH * NT.to(tl.int64) * BLOCK * DQK
+    READ: tl.constexpr = 6 if BACKWARD else 5
+    read = tl.load(rows_ptr + READ * BLOCK + offs_l)
+
+    P = products(a_ptr, x_ptr, stride_at, stride_xt, offs_t, T, DHV, BLOCK, PART)
+    P = P * tile_weights(rows_ptr, BACKWARD, BLOCK)
+    scores = products(own_ptr, b_ptr, stride_ownt, stride_bt, offs_t, T, DQK, BLOCK, PART)
+    tl.store(X_ptr + bh * T + offs_t, tl.sum(P * scores, axis=1), mask=offs_t < T)
+    P, own_y = P.to(b_ptr.dtype.element_ty), tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, DQK, PART):  # all of d_qk is more than registers can hold
+        offs_k = first + tl.arange(0, PART)[None, :]
+        y = load_sum(y_ptr, stride_part, offs_l, first, DQK, PARTS, PART) * read[:, None]
+        own_y += tl.sum(load_part(own_ptr, stride_ownt, offs_t, T, first, DQK, PART).to(tl.float32) * y, axis=1)
+        out = tl.dot(P, load_part(b_ptr, stride_bt, offs_t, T, first, DQK, PART), y)
+        tl.store(out_ptr + offs_k, out.to(out_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_k < DQK))
+    tl.store(state_ptr + bh * T + offs_t, own_y, mask=offs_t < T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -755,6 +1087,12 @@ def copy_engine_reads(x: Tensor) -> bool:
     return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::is_wide
+def is_wide(DQK: int, DHV: int) -> bool:
+    """Whether walk_kernel is needed, whose programs have less of the state's rows and more of its columns."""
+    return DQK > 128 or DHV > 256
+
+
 # same as 04_tfla_triton/mlstm_hopper.py::keys_options
 def keys_options(DQK: int, DHV: int) -> dict:
     """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers."""
@@ -763,6 +1101,30 @@ def keys_options(DQK: int, DHV: int) -> dict:
         "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": 128 if DQK > 64 else 64,
         "BV": 128 if wide else 64, "STAGES": 3, "P_STAGES": 2, "num_warps": 8 if wide else 4,
     }  # fmt: skip
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::walk_options
+def walk_options(ROWS: int, COLUMNS: int, DQK: int, DHV: int, most: int = 2) -> dict:
+    """Tiles of walk_kernel: as many stages as fit into shared memory."""
+    BC = max(64, min(256, power_of_2(COLUMNS)))
+    return {
+        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BR": 128 if ROWS > 64 else 64, "BC": BC,
+        "STAGES": most if BC == 256 else most + 1, "num_warps": 4,
+    }  # fmt: skip
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::keys_tile
+def keys_tile(DQK: int, DHV: int) -> tuple[int, int]:
+    """Columns of d_hv and of d_qk in a program that computes h or dv."""
+    if is_wide(DQK, DHV):
+        o = walk_options(DHV, DQK, DQK, DHV)
+        return o["BR"], o["BC"]
+    o = keys_options(DQK, DHV)
+    return o["BV"], o["BK"]
+
+
+# Columns at a time, warps and stages where a program has a tile of wide heads.
+TILE = {"PART": 64, "num_warps": 4, "num_stages": 3}
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::values_options
@@ -793,41 +1155,78 @@ def starts_of_spans(
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
     NT, PIECE = ceil_div(T, BLOCK), max(GRAIN, SPAN // 8)
     SPANS, PIECES, PER_SPAN = ceil_div(NT, SPAN), ceil_div(NT, PIECE), SPAN // PIECE
-    BLOCK_DHV = max(64, power_of_2(DHV))
     if SPANS == 1:
         return first
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(B, NH, *shape, dtype=torch.float32, device=k.device)
 
-    C, decays, starts = empty(PIECES, DQK, DHV), empty(PIECES), empty(SPANS, DQK, DHV)
+    C, decays, weights, starts = empty(PIECES, DQK, DHV), empty(PIECES), empty(PIECES), empty(SPANS, DQK, DHV)
+    pieces_kernel[(SPANS, B * NH)](
+        decay, decays, weights, NT, PIECE, PER_SPAN, backward, power_of_2(PER_SPAN), power_of_2(PIECE), num_warps=1
+    )
     # The last span's pieces, backward the first one's, are not asked for.
-    needed = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN
-    pieces_kernel[(ceil_div(DQK, 128) * ceil_div(DHV, BLOCK_DHV), needed, B * NH)](
-        k, v, rows, decay, C, decays, *k.stride()[:3], *v.stride()[:3],
-        T, NT, NH, PIECE, PER_SPAN if backward else 0, DQK, DHV, backward, BLOCK, 128, BLOCK_DHV,
-        num_warps=8, num_stages=3,
+    needed, p = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN, walk_options(DQK, DHV, DQK, DHV, most=4)
+    tiles = ceil_div(DQK, p["BR"]) * ceil_div(DHV, p["BC"])
+    walk_kernel[(tiles * needed * B * NH,)](
+        None, describe(v, p["BC"]), describe(k, p["BR"]), None, None, describe_rows(rows, 8, BLOCK), decay, None, C,
+        None, None, None, weights, NT, NH, B * NH, PIECE, needed, PER_SPAN if backward else 0,
+        BACKWARD=backward, **p,
     )  # fmt: skip
     starts_kernel[(ceil_div(DQK * DHV, 1024), B * NH)](
-        C, decays, first, starts, PIECES, PER_SPAN, DQK * DHV, backward, 1024, num_warps=4
+        C, decays, weights, first, starts, PIECES, PER_SPAN, DQK * DHV, backward, 1024, num_warps=4
     )
     return starts
 
 
+# same as 04_tfla_triton/mlstm_hopper.py::walk_along_keys
+def walk_along_keys(
+    a: Tensor, b: Tensor, x: Tensor, y: Tensor, P: Tensor, rows: Tensor, decay: Tensor, starts: Tensor | None,
+    last: Tensor | None, borders: Tensor, carry: Tensor | None, SPAN: int, *, backward: bool,
+) -> None:  # fmt: skip
+    """Y = h or dv of wide heads."""
+    (B, NH, T, DQK), DHV = a.shape, x.shape[-1]
+    BH, NT, o = B * NH, ceil_div(T, BLOCK), walk_options(DHV, DQK, DQK, DHV)
+    SPANS = ceil_div(NT, SPAN)
+    walk_kernel[(ceil_div(DHV, o["BR"]) * SPANS * BH,)](
+        describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), describe(P, BLOCK), describe(y, 64),
+        describe_rows(rows, 8, BLOCK), decay, starts, last, None, borders, carry,
+        None, NT, NH, BH, SPAN, SPANS, 0, BACKWARD=backward, **o,
+    )  # fmt: skip
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::walk_along_values
+def walk_along_values(
+    a: Tensor, b: Tensor, x: Tensor, rows: Tensor, decay: Tensor, starts: Tensor | None, SPAN: int, *, backward: bool
+) -> Tensor:
+    """A times the state, in float32 and parts to be added, (parts, B * NH, NT, BLOCK, DQK), for dq or dk."""
+    (B, NH, T, DHV), DQK = a.shape, x.shape[-1]
+    BH, NT, o = B * NH, ceil_div(T, BLOCK), walk_options(DQK, DHV, DQK, DHV)
+    parts, SPANS = ceil_div(DHV, o["BC"]), ceil_div(NT, SPAN)
+    y = torch.empty(parts, BH, NT, BLOCK, DQK, dtype=torch.float32, device=a.device)
+    walk_kernel[(ceil_div(DQK, o["BR"]) * parts * SPANS * BH,)](
+        describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), None, None, describe_rows(rows, 8, BLOCK),
+        decay, starts, None, y, None, None, None, NT, NH, BH, SPAN, SPANS, 0, BACKWARD=backward, **o,
+    )  # fmt: skip
+    return y
+
+
 def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the forward pass keeps: rows, decay, and C^T at the borders, in whole tiles."""
+    """Shapes and types of what the forward pass keeps: rows, decay, C^T at the borders, in whole tiles; of wide heads P
+    too."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
-    NT, o = (T + BLOCK - 1) // BLOCK, keys_options(DQK, DHV)
-    whole = (DHV + o["BV"] - 1) // o["BV"] * o["BV"], o["BK"]
+    NT, BV, BK = (T + BLOCK - 1) // BLOCK, *keys_tile(DQK, DHV)
+    whole = (DHV + BV - 1) // BV * BV, BK
     return [
         ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32),
         ((B, NH, max(NT - 1, 0) // BORDER, *whole), torch.bfloat16),
+        ((B, NH, NT * BLOCK if is_wide(DQK, DHV) else 0, BLOCK), torch.bfloat16),
     ]  # fmt: skip
 
 
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None, return_state: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the final state if it is asked for, and what the backward pass will need."""
     _check_device(q, k, v)
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
@@ -837,25 +1236,29 @@ def launch_forward(
     if h.numel() == 0:
         return h, *(_empty_state(q, v) if C_0 is None else [C_0.clone()]), *saved
     C_T = torch.empty(B, NH, DQK, DHV, dtype=torch.float32, device=q.device) if return_state else None
-    rows, decay, borders = saved
+    rows, decay, borders, P = saved
     rows_kernel[(ceil_div(NT, 8) * BH,)](
         i, f, rows, decay, *i.stride(), *f.stride(), T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4
     )
-    o = keys_options(DQK, DHV)
-    tiles = ceil_div(DHV, o["BV"])
+    tiles = ceil_div(DHV, keys_tile(DQK, DHV)[0])
     SPAN = span_of(q, NT, tiles)
     starts = starts_of_spans(k, v, rows, decay, C_0, SPAN, backward=False)
-    keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
-        keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, borders, None,
-        NT, NH, BH, SPAN, BACKWARD=False, **o,
-    )  # fmt: skip
+    if is_wide(DQK, DHV):
+        scores_tile_kernel[(NT * BH,)](q, k, rows, P, *q.stride()[:3], *k.stride()[:3], T, NT, NH, DQK, BLOCK, **TILE)
+        walk_along_keys(q, k, v, h, P, rows, decay, starts, C_T, borders, None, SPAN, backward=False)
+    else:
+        o = keys_options(DQK, DHV)
+        keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
+        state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
+            keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, borders, None,
+            NT, NH, BH, SPAN, BACKWARD=False, **o,
+        )  # fmt: skip
     return h, *((C_T,) if return_state else _no_state(q)), *saved
 
 
 def launch_backward(
     dh: Tensor, dC_T: Tensor | None, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C_0: Tensor | None,
-    C_T: Tensor, rows: Tensor, decay: Tensor, borders: Tensor,
+    C_T: Tensor, rows: Tensor, decay: Tensor, borders: Tensor, P: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, di, df, dC_0."""
     (B, NH, T, DQK), DHV = q.shape, v.shape[-1]
@@ -870,46 +1273,61 @@ def launch_backward(
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
     dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
-    rows_ = describe_rows(rows, 8, BLOCK)
+    wide, rows_ = is_wide(DQK, DHV), describe_rows(rows, 8, BLOCK)
 
     # dv, with <C, dC> at the borders; in float64 where the sequence begins and ends, so that how PyTorch adds, which
     # depends on the size of a batch, does not show in float32
-    o = keys_options(DQK, DHV)
-    tiles_v = ceil_div(DHV, o["BV"])
+    BV, _ = keys_tile(DQK, DHV)
+    tiles_v = ceil_div(DHV, BV)
     SPAN = span_of(q, NT, tiles_v, BORDER)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
-    carry = empty(tiles_v, B, NH, borders.shape[2] + 2)
-    keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
-    state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
-        keys(k), keys(q), values(dh), values(dv), rows_, decay, ends, dC_0, borders, carry, NT, NH, BH, SPAN,
-        BACKWARD=True, **o,
-    )  # fmt: skip
+    parts_v = tiles_v * (BV // 64 if wide else 1)
+    carry = empty(parts_v, B, NH, borders.shape[2] + 2)
+    # There is no state at the ends but what is said below. And before the copy engine's descriptors are made, something
+    # must have been launched: the thread that autograd calls this in may have no CUDA context yet.
     carry[..., :: borders.shape[2] + 1] = 0
+    if wide:
+        walk_along_keys(k, q, dh, dv, P, rows, decay, ends, dC_0, borders, carry, SPAN, backward=True)
+    else:
+        o = keys_options(DQK, DHV)
+        keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
+        state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
+            keys(k), keys(q), values(dh), values(dv), rows_, decay, ends, dC_0, borders, carry, NT, NH, BH, SPAN,
+            BACKWARD=True, **o,
+        )  # fmt: skip
     for number, C, dC in ((0, C_0, dC_0), (-1, C_T, dC_T)):
         if dC is not None:
             carry[0, ..., number] = (C * dC).sum(dim=(-2, -1), dtype=torch.float64)
 
     # dq and dk
-    p = values_options(DQK, DHV)
-    tiles_k, starts = ceil_div(DQK, p["BK"]), C_0
+    p, starts = values_options(DQK, DHV), C_0
+    tiles_k = 1 if wide else ceil_div(DQK, p["BK"])
     if SPAN < NT:  # the states that the spans start from are among those at the borders
         starts, every = empty(B, NH, ceil_div(NT, SPAN), DQK, DHV), SPAN // BORDER
         starts[:, :, 0] = 0 if C_0 is None else C_0
         starts[:, :, 1:] = borders[:, :, every - 1 :: every, :DHV, :DQK].mT
     q_dq_tile, q_dq_state, k_dk_tile, k_dk_state = empty(4, tiles_k, B, NH, T)
-    q_, k_, v_, dh_ = describe(q, p["BK"]), describe(k, p["BK"]), describe(v, p["BV"]), describe(dh, p["BV"])
     for BACKWARD, a, b, x, own, y, tile, state, first in (
-        (False, dh_, k_, v_, q_, dq, q_dq_tile, q_dq_state, starts),
-        (True, v_, q_, dh_, k_, dk, k_dk_tile, k_dk_state, ends),
+        (False, dh, k, v, q, dq, q_dq_tile, q_dq_state, starts),
+        (True, v, q, dh, k, dk, k_dk_tile, k_dk_state, ends),
     ):
-        state_times_values_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
-            a, b, x, own, describe(y, p["BK"]), rows_, tile, state, decay, first,
-            T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
-        )  # fmt: skip
+        if wide:
+            parts = walk_along_values(a, x, b, rows, decay, first, SPAN, backward=BACKWARD)
+            strides = (stride for z in (a, b, x, own, y) for stride in z.stride()[:3])
+            values_tile_kernel[(NT * BH,)](
+                a, b, x, own, parts, rows, y, tile, state, *strides,
+                T, NT, NH, BH, DQK, DHV, len(parts), BACKWARD, BLOCK, **TILE,
+            )  # fmt: skip
+        else:
+            a_, b_, x_, own_ = describe(a, p["BV"]), describe(b, p["BK"]), describe(x, p["BV"]), describe(own, p["BK"])
+            state_times_values_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
+                a_, b_, x_, own_, describe(y, p["BK"]), rows_, tile, state, decay, first,
+                T, NT, NH, BH, SPAN, BACKWARD=BACKWARD, **p,
+            )  # fmt: skip
     dgates_kernel[(ceil_div(NT, BORDER) * BH,)](
         i, f, decay, q_dq_tile, q_dq_state, k_dk_tile, k_dk_state, carry, di, df,
         *i.stride(), *f.stride(), *di.stride(), *df.stride(),
-        T, NT, NH, BH, tiles_k, tiles_v, BORDER, BLOCK, num_warps=4,
+        T, NT, NH, BH, tiles_k, parts_v, BORDER, BLOCK, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, *((dC_0,) if C_0 is not None else _no_state(q))
 
@@ -1033,7 +1451,7 @@ def _check_hopper(q, k, v) -> None:
     """What this file asks for beyond _check_inputs."""
     if q.dtype != torch.bfloat16:
         raise TypeError(f"q must be bfloat16, got {q.dtype}; mlstmsig_tfla.py takes others")
-    for name, x, most in (("q", q, 128), ("v", v, 256)):
+    for name, x, most in (("q", q, 256), ("v", v, 512)):
         if x.shape[-1] > most or x.shape[-1] % 8:
             raise ValueError(
                 f"{name} must have at most {most} columns, a multiple of 8, got {x.shape[-1]}; "
