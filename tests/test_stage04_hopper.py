@@ -500,7 +500,6 @@ MUTANTS_OF_WIDE_HEADS = [
     # the walk
     ("(x.slice(half * 32, 32), rows.index(WRITE)", "(x.slice(half * 32, 32), rows.index(READ)"),
     ("decay = gl.load(decay_ptr + following)", "decay = gl.load(decay_ptr + tile)"),
-    ("decayed = decayed + (C[piece] * decay,)", "decayed = decayed + (C[piece],)"),
     ("y = y * rows.index(READ).load(gl.SliceLayout(0, layout))[None, :]", "y = y * 1.0"),
     ("P = P if BACKWARD else P.permute((1, 0))", "P = P.permute((1, 0))"),
     ("overlap += gl.load(border)", "overlap += 0.0 * gl.load(border)"),
