@@ -24,8 +24,17 @@ The warps of a program have different jobs ("warp specialization") and wait for 
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
     state    the others: keep the state in their registers, multiply with it, and add to it
 
+Wide heads (d_qk > 128 or d_hv > 256) leave no registers for the scores beside the state. Their walks are walk_kernel's,
+which only loads and keeps the state; what happens within a tile comes before it, P for h and dv (scores_tile_kernel),
+or after it, on the products with the state in float32 (dq_tile_kernel, dk_tile_kernel):
+
+    forward     ... -> sums_kernel -> vectors_kernel -> scores_tile_kernel -> rows_backward_kernel -> h
+    backward    rows_backward_kernel -> dv -> dH C^T -> dq_tile_kernel -> sums_kernel -> vectors_kernel
+                -> V dC^T -> dk_tile_kernel -> dgates_kernel
+
 Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
-same time: pieces_kernel computes what the pieces of a span add to the state, starts_kernel what each span starts from.
+same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
+state. That is found by walk_kernel too, but for pieces that have been forgotten when their span ends (pieces_kernel).
 
 Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     b        sum of log sigmoid(f) since the tile began, without resets; g is its last value
@@ -42,10 +51,11 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
                7     e^(-m_i), the floor of the denominator; backward: delta, and before it is known its sign
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
     Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
+    P        Q K^T * Wr; of wide heads it is kept                            (B, NH, NT * 64, 64)  bfloat16
     delta    D times the gradient of S                                       (B, NH, T)
     borders  C^T as every 16th tile but the first finds it, for the gates    (B, NH, borders, DHV, DQK)  bfloat16
 
-Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstm_tfla.py has them all).
+Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv = 512 (mlstm_tfla.py has them all).
 
 Copy this file: it needs torch and triton, 3.6 or newer.
 """
@@ -1400,7 +1410,7 @@ def dq_tile_kernel(
     dh_ptr, k_ptr, v_ptr, q_ptr, y_ptr, n_ptr, rows_ptr, dq_ptr, q_dq_ptr,
     stride_dhb, stride_dhh, stride_dht, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_qb, stride_qh, stride_qt, stride_dqb, stride_dqh, stride_dqt,
-    T, NT, NH, BH, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    T, NT, NH, stride_part, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """dQ = w_read * (Y + delta n) + dP K, Y = dH C^T, as dq_kernel; delta and q . dq too. Grid: NT * B * NH."""
     bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
@@ -1410,7 +1420,7 @@ def dq_tile_kernel(
     q_ptr, k_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh), head(k_ptr, bh, NH, stride_kb, stride_kh)
     dq_ptr = head(dq_ptr, bh, NH, stride_dqb, stride_dqh) + offs_t[:, None] * stride_dqt
     rows_ptr, n_ptr = rows_ptr + (bh * NT + tile) * 8 * BLOCK, n_ptr + (bh * (NT + 1) + tile) * DQK
-    y_ptr, stride_part = y_ptr + (bh * NT + tile) * BLOCK * DQK, BH * NT.to(tl.int64) * BLOCK * DQK
+    y_ptr += (bh * NT + tile) * BLOCK * DQK
     read, sign = tl.load(rows_ptr + 5 * BLOCK + offs_l), tl.load(rows_ptr + 7 * BLOCK + offs_l)
 
     dP = products(dh_ptr, v_ptr, stride_dht, stride_vt, offs_t, T, DHV, BLOCK, PART)
@@ -1440,7 +1450,7 @@ def dk_tile_kernel(
     v_ptr, q_ptr, dh_ptr, k_ptr, y_ptr, dn_ptr, rows_ptr, dk_ptr, k_dk_tile_ptr, k_dk_state_ptr,
     stride_vb, stride_vh, stride_vt, stride_qb, stride_qh, stride_qt, stride_dhb, stride_dhh, stride_dht,
     stride_kb, stride_kh, stride_kt, stride_dkb, stride_dkh, stride_dkt,
-    T, NT, NH, BH, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    T, NT, NH, stride_part, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """dK = w_end * (Y + dn) + dP^T Q, Y = V dC^T, and the two parts of k . dk, as dk_kernel. Grid: NT * B * NH."""
     bh, tile = (tl.program_id(0) // NT).to(tl.int64), tl.program_id(0) % NT
@@ -1450,7 +1460,7 @@ def dk_tile_kernel(
     q_ptr, k_ptr = head(q_ptr, bh, NH, stride_qb, stride_qh), head(k_ptr, bh, NH, stride_kb, stride_kh)
     dk_ptr = head(dk_ptr, bh, NH, stride_dkb, stride_dkh) + offs_t[:, None] * stride_dkt
     rows_ptr, dn_ptr = rows_ptr + (bh * NT + tile) * 8 * BLOCK, dn_ptr + (bh * (NT + 1) + tile + 1) * DQK
-    y_ptr, stride_part = y_ptr + (bh * NT + tile) * BLOCK * DQK, BH * NT.to(tl.int64) * BLOCK * DQK
+    y_ptr += (bh * NT + tile) * BLOCK * DQK
     read, delta = tl.load(rows_ptr + 6 * BLOCK + offs_l), tl.load(rows_ptr + 7 * BLOCK + offs_l)
 
     dP = products(v_ptr, dh_ptr, stride_vt, stride_dht, offs_t, T, DHV, BLOCK, PART)
@@ -1838,7 +1848,7 @@ def launch_backward(
         y = walk_along_values(dh, v, k, rows, decay, starts, SPAN_DQ, backward=False)
         dq_tile_kernel[(NT * BH,)](
             dh, k, v, q, y, n, rows, dq, q_dq, *dh.stride()[:3], *k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
-            *dq.stride()[:3], T, NT, NH, BH, DQK, DHV, len(y), BLOCK, **TILE,
+            *dq.stride()[:3], T, NT, NH, y.stride(0), DQK, DHV, len(y), BLOCK, **TILE,
         )  # fmt: skip
     else:
         v_, dh_, rows_ = describe(v, p["BV"]), describe(dh, p["BV"]), describe_rows(rows, 8, BLOCK)
@@ -1861,7 +1871,7 @@ def launch_backward(
         dk_tile_kernel[(NT * BH,)](
             v, q, dh, k, y, dn, rows, dk, k_dk_tile, k_dk_state,
             *v.stride()[:3], *q.stride()[:3], *dh.stride()[:3], *k.stride()[:3], *dk.stride()[:3],
-            T, NT, NH, BH, DQK, DHV, len(y), BLOCK, **TILE,
+            T, NT, NH, y.stride(0), DQK, DHV, len(y), BLOCK, **TILE,
         )  # fmt: skip
         del y
     else:
@@ -1973,10 +1983,10 @@ def mlstm_hopper(
     There is no chunk_size: a sequence is walked along in tiles of 64 steps, in spans where there are few sequences.
 
     Args:
-        q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 128. Any B >= 0, NH >= 1, T >= 0. The last dimension
+        q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 256. Any B >= 0, NH >= 1, T >= 0. The last dimension
             must be contiguous; the others may be strided, a transposed (B, T, NH, DQK) is not copied. As the GPU's copy
             engine wants it, DQK, DHV, and all strides must be multiples of 8, and data begin at a multiple of 16 bytes.
-        v: values, (B, NH, T, DHV), bfloat16; DHV <= 256.
+        v: values, (B, NH, T, DHV), bfloat16; DHV <= 512.
         i, f: gate pre-activations, (B, NH, T), bfloat16 or float32, any strides. -inf is allowed in both:
             f = -inf forgets everything before the step, i = -inf writes nothing.
         initial_state: (C, n, m), (B, NH, DQK, DHV), (B, NH, DQK), (B, NH), float32; None is the empty memory,

@@ -20,8 +20,13 @@ The warps of a program have different jobs ("warp specialization") and wait for 
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
     state    the others: keep the state in their registers, multiply with it, and add to it
 
+Wide heads (d_qk > 128 or d_hv > 256) leave no registers for the scores beside the state. Their walks are walk_kernel's,
+which only loads and keeps the state; what happens within a tile comes before it, P for h and dv (scores_tile_kernel),
+or after it, on the products with the state in float32 (values_tile_kernel, for dq and dk).
+
 Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
-same time: pieces_kernel computes what the pieces of a span add to the state, starts_kernel what each span starts from.
+same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
+state. That is found by walk_kernel too, but for pieces that have been forgotten when their span ends (pieces_kernel).
 
 Glossary (name in code = symbol = shape):
     b        sum of log sigmoid(f) since the tile began, without resets
@@ -33,9 +38,10 @@ Glossary (name in code = symbol = shape):
                6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
     decay    e^g of each tile                                                 (B, NH, tiles)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
+    P        Q K^T * Wr; of wide heads it is kept                             (B, NH, tiles * 64, 64)  bfloat16
     borders  C^T as every 8th tile but the first finds it, for the gates      (B, NH, borders, DHV, DQK)  bfloat16
 
-Not included: other number formats, other GPUs, heads beyond d_qk = 128 and d_hv = 256 (mlstmsig_tfla.py has them all).
+Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv = 512 (mlstmsig_tfla.py has them all).
 
 Copy this file: it needs torch and triton, 3.6 or newer.
 """
@@ -931,7 +937,7 @@ def values_tile_kernel(
     a_ptr, b_ptr, x_ptr, own_ptr, y_ptr, rows_ptr, out_ptr, X_ptr, state_ptr,
     stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt, stride_xb, stride_xh, stride_xt,
     stride_ownb, stride_ownh, stride_ownt, stride_outb, stride_outh, stride_outt,
-    T, NT, NH, BH, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    T, NT, NH, stride_part, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
     """read * Y + P B, with P = A X^T * Wr (backward: Wr^T) and Y = A C, as state_times_values_kernel: dq or dk.
@@ -945,7 +951,6 @@ def values_tile_kernel(
     b_ptr, own_ptr = head(b_ptr, bh, NH, stride_bb, stride_bh), head(own_ptr, bh, NH, stride_ownb, stride_ownh)
     out_ptr = head(out_ptr, bh, NH, stride_outb, stride_outh) + offs_t[:, None] * stride_outt
     rows_ptr, y_ptr = rows_ptr + (bh * NT + tile) * 8 * BLOCK, y_ptr + (bh * NT + tile) * BLOCK * DQK
-    stride_part = BH * NT.to(tl.int64) * BLOCK * DQK
     READ: tl.constexpr = 6 if BACKWARD else 5
     read = tl.load(rows_ptr + READ * BLOCK + offs_l)
 
@@ -1316,7 +1321,7 @@ def launch_backward(
             strides = (stride for z in (a, b, x, own, y) for stride in z.stride()[:3])
             values_tile_kernel[(NT * BH,)](
                 a, b, x, own, parts, rows, y, tile, state, *strides,
-                T, NT, NH, BH, DQK, DHV, len(parts), BACKWARD, BLOCK, **TILE,
+                T, NT, NH, parts.stride(0), DQK, DHV, len(parts), BACKWARD, BLOCK, **TILE,
             )  # fmt: skip
         else:
             a_, b_, x_, own_ = describe(a, p["BV"]), describe(b, p["BK"]), describe(x, p["BV"]), describe(own, p["BK"])
@@ -1381,10 +1386,10 @@ def mlstmsig_hopper(
     There is no chunk_size: a sequence is walked along in tiles of 64 steps, in spans where there are few sequences.
 
     Args:
-        q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 128. Any B >= 0, NH >= 1, T >= 0. The last dimension
+        q, k: queries and keys, (B, NH, T, DQK), bfloat16; DQK <= 256. Any B >= 0, NH >= 1, T >= 0. The last dimension
             must be contiguous; the others may be strided, a transposed (B, T, NH, DQK) is not copied. As the GPU's copy
             engine wants it, DQK, DHV, and all strides must be multiples of 8, and data begin at a multiple of 16 bytes.
-        v: values, (B, NH, T, DHV), bfloat16; DHV <= 256.
+        v: values, (B, NH, T, DHV), bfloat16; DHV <= 512.
         i, f: gate pre-activations, (B, NH, T), bfloat16 or float32, any strides. -inf is allowed in both:
             f = -inf forgets everything before the step, i = -inf writes nothing.
         initial_state: (C,), (B, NH, DQK, DHV), float32; None is the empty memory, C = 0.

@@ -22,7 +22,7 @@ from hopper import BFLOAT16, ON_HOPPER
 from mlstmsig_hopper import mlstmsig_hopper
 from mlstmsig_reference import gate_weights
 from mlstmsig_tfla import mlstmsig_tfla
-from properties import DEVICE
+from properties import DEVICE, INTERPRETED
 from tfla_lab.check import check, relative_error, to_numpy
 from tfla_lab.forms import GRADIENTS, oracle, run_torch
 
@@ -33,7 +33,7 @@ def make(*sizes, dtype=BFLOAT16, **options):
 
 # Heads that fill their tiles and heads that do not: 8 and 72 columns leave most or nearly half of one empty.
 HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
-HEADS += [(256, 512), (200, 264), (256, 40)]  # wide ones
+HEADS += [(256, 512), (200, 264), (256, 40), (64, 512)]  # wide ones
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ def test_starts_of_spans(DQK, DHV, BACKWARD):
     hopper.starts_of_spans(stage, DQK, DHV, BACKWARD)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's products of float32 are those of TF32; all wide heads test these")
 @pytest.mark.parametrize("regime", ["typical", "resets"])
 def test_tiles_of_wide_heads(regime):
     """What the kernels for the tiles of wide heads make of the walks' products, which come to them in two parts."""
@@ -154,7 +155,26 @@ def test_tiles_of_wide_heads(regime):
         out, in_tile, of_state = torch.full_like(q, torch.nan), *torch.full((2, B, NH, T), torch.nan, device=DEVICE)
         strides = (stride for z in (a, b, x, own, out) for stride in z.stride()[:3])
         stage.values_tile_kernel[(NT * BH,)](
-            a, b, x, own, y, rows, out, in_tile, of_state, *strides, T, NT, NH, BH, DQK, DHV, 2, BACKWARD, BLOCK, 16
+            a,
+            b,
+            x,
+            own,
+            y,
+            rows,
+            out,
+            in_tile,
+            of_state,
+            *strides,
+            T,
+            NT,
+            NH,
+            y.stride(0),
+            DQK,
+            DHV,
+            2,
+            BACKWARD,
+            BLOCK,
+            16,
         )
         for tile in range(NT):
             steps = slice(tile * BLOCK, min(T, (tile + 1) * BLOCK))
@@ -274,7 +294,9 @@ def test_twenty_runs_give_the_same_bits(sizes):
 
 @ON_HOPPER
 def test_backward_in_a_thread_of_its_own():
-    hopper.backward_in_a_thread_of_its_own(mlstmsig_hopper, cell="sig")
+    inputs, dh, *_ = make(1, 2, 300, 64, 64, with_state=False)
+    _, *saved = stage.launch_forward(*inputs, None, False)
+    hopper.in_a_thread_of_its_own(lambda: stage.launch_backward(dh, None, *inputs, None, *saved))
 
 
 @ON_HOPPER
