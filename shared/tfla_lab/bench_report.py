@@ -199,7 +199,10 @@ def section(result: dict) -> str:
     if "prefill" in measured:
         more += f"One long sequence, forward with the state after it, in ms:\n\n{prefill_table(result)}\n\n"
     if "decode" in measured:
-        more += f"A step of generation, in µs, as it runs in a CUDA graph:\n\n{steps_table(result)}\n\n"
+        elsewhere = ""
+        if not any(row["pass"] == "decode" and is_ours(row) for row in result["rows"] if "pass" in row):
+            elsewhere = "; ours, in runs of their own: [04](04_tfla_triton#on-an-h200), [05](05_mlstmsig#what-the-sigmoid-saves)"
+        more += f"A step of generation, in µs, as it runs in a CUDA graph{elsewhere}:\n\n{steps_table(result)}\n\n"
     return f"""## Against others' kernels
 
 65,536 tokens in bfloat16 at each length, {NH} heads with d_qk = {DQK}, d_hv = {DHV} (attention: as wide, with heads of 128).
