@@ -453,7 +453,7 @@ def test_compiles_ahead_of_time():
     # Where as much of C is kept as there are registers, a few numbers of a tile go by way of the stack.
     spilled = {row["kernel"]: row["stack"] for row in rows if row["stack"] > 0}
     assert set(spilled) == {"dq_kernel", "walk_kernel"}
-    assert max(row["stack"] for row in rows if row["kernel"] == "walk_kernel") <= 24
+    assert max(row["stack"] for row in rows if row["kernel"] == "walk_kernel") <= 48
     assert max(row["stack"] for row in rows) <= 160
 
 

@@ -396,7 +396,7 @@ def test_compiles_ahead_of_time():
     rows = properties.compile_ahead_of_time("sm_90", "stage05_hopper_aot.json", "mlstmsig_hopper", witness="bfloat16")
     assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
     # walk_kernel keeps as much of C as there are registers: a few numbers of a tile go by way of the stack.
-    assert all(row["stack"] <= (24 if row["kernel"] == "walk_kernel" else 0) for row in rows), "registers spill"
+    assert all(row["stack"] <= (48 if row["kernel"] == "walk_kernel" else 0) for row in rows), "registers spill"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
