@@ -34,7 +34,8 @@ or after it, on the products with the state in float32 (dq_tile_kernel, dk_tile_
 
 Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
 same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
-state. That is found by walk_kernel too, but for pieces that have been forgotten when their span ends (pieces_kernel).
+state. walk_kernel finds that, too, for all pieces but those of which pieces_kernel says that they are forgotten by the
+end of their span (backward: by its beginning).
 
 Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     b        sum of log sigmoid(f) since the tile began, without resets; g is its last value
@@ -43,12 +44,13 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     n        the normalizer states                                   (B, NH, NT+1, DQK)
     decay    e^(g + m_{c-1} - m_c) of each tile                      (B, NH, NT)
     rows     of each tile eight rows of 64 steps in float32          (B * NH * NT * 8, 64)
-               0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; backward: of s r e^(b_i - m_i)
+             backward, and for h of wide heads, with r in it
+               0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; with r in it: of s r e^(b_i - m_i)
                2, 3  u_j in base 2, in two parts
                4     bounds: where in the tile step i's document begins, and where step j's ends, in one number
-               5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; backward: times r
+               5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; with r in it: times r
                6     w_end: e^(g + u_j - m_c), weight of step j in the next state
-               7     e^(-m_i), the floor of the denominator; backward: delta, and before it is known its sign
+               7     e^(-m_i), the floor of the denominator; with r in it: delta, and before it is known its sign
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
     Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
     P        Q K^T * Wr; of wide heads it is kept                            (B, NH, NT * 64, 64)  bfloat16
@@ -319,7 +321,7 @@ def rows_kernel(
 def rows_backward_kernel(
     rows_ptr, S_ptr, new_rows_ptr, T, NT, ASSUME_NORM: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """The rows with r in them, for the backward pass. Grid: (tiles / TILES) * B * NH.
+    """The rows with r in them, for the backward pass and for wide heads' h. Grid: (tiles / TILES) * B * NH.
 
     In place of delta, -[|S| wins the max] sign(S) dh . h, there is what dh . h is to be multiplied by.
     """
@@ -415,7 +417,7 @@ def starts_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces of both kernels. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
+# What the walks share. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
 # exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
@@ -437,7 +439,7 @@ def load_partition(
     full, empty, batch, head_, bh, first_a, first_b, first_x, first_n, first, count, NT,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
+    """Fills the ring as fast as the other roles empty it. Past the end of the sequence there are zeros."""
     a_size: gl.constexpr = 0 if a_desc is None else a_desc.block_type.nbytes
     size: gl.constexpr = a_size + b_desc.block_type.nbytes + x_desc.block_type.nbytes
     own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
@@ -883,20 +885,21 @@ def walk_kernel(
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BR: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A walk that keeps BR x BC of the state, 64 rows in each of one or two warpgroups; P is known.
+    """A walk that keeps BR x BC of the state, 64 rows in each of one or two warpgroups, and forms no scores.
 
-    y_desc      Y = read * (A C) + P X, C <- decay C + (write * B)^T X, of heads too wide for state_times_keys_kernel;
-                the state's rows are columns of X, X, Y = V, H or dH, dV
-    y_ptr       Y = A C alone, in float32, (tiles of columns, B * NH, NT, BLOCK, DQK), C <- decay C + B^T (write * X);
-                the state's rows are columns of X = K or Q
-    neither     likewise, but nothing is wanted but the state where a span ends, and only if its weight is not 0
+    y_desc      Y = read * (A C) + P X, C <- decay C + B^T (write * X), with P from memory, of heads that are too wide
+                for state_times_keys_kernel: A, B, X, Y as there, but X is weighted, of which a program has less.
+                The rows it keeps are those of C^T.
+    y_ptr       Y = A C^T alone, in float32, (tiles of columns, B * NH, NT, BLOCK, DQK), C <- decay C + (write * X)^T B:
+                A, B, X = dH, V, K for dq, and with dC for C, backward, V, dH, Q for dk.
+    neither     C alone, where each span ends whose weight is not 0. Here the spans are the pieces of spans.
     Grid: (tiles of the state) * SPANS * B * NH.
     """
-    KEYS: gl.constexpr = y_desc is None
-    ROWS: gl.constexpr = DQK if KEYS else DHV
-    COLUMNS: gl.constexpr = DHV if KEYS else DQK
-    stride_row: gl.constexpr = DHV if KEYS else 1
-    stride_column: gl.constexpr = 1 if KEYS else DHV
+    ROWS_ARE_KEYS: gl.constexpr = y_desc is None
+    ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
+    COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
+    stride_row: gl.constexpr = DHV if ROWS_ARE_KEYS else 1
+    stride_column: gl.constexpr = 1 if ROWS_ARE_KEYS else DHV
     TILES_R: gl.constexpr = (ROWS + BR - 1) // BR
     TILES_C: gl.constexpr = (COLUMNS + BC - 1) // BC
     HALVES: gl.constexpr = BR // 64
@@ -924,7 +927,7 @@ def walk_kernel(
     fence_async_shared()
     if weights_ptr is not None:
         count = gl.where(gl.load(weights_ptr + bh * spans + span) != 0.0, count, 0)
-    if KEYS:
+    if ROWS_ARE_KEYS:
         at_end = count > 0
     else:
         at_end = (first == 0) if BACKWARD else (first + count == NT)
@@ -932,7 +935,7 @@ def walk_kernel(
     if first_ptr is not None:
         first_ptr += (bh * spans + span) * DQK * DHV
     if last_ptr is not None:
-        last_ptr += ((bh * spans + span) if KEYS else bh) * DQK * DHV
+        last_ptr += ((bh * spans + span) if ROWS_ARE_KEYS else bh) * DQK * DHV
     if y_ptr is not None:
         y_ptr += (tile_c * BH + bh) * NT * DQK * BLOCK
     if border_ptr is not None:
@@ -1589,12 +1592,12 @@ def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
 
 def copy_engine_reads(x: Tensor) -> bool:
     """It wants multiples of 16 bytes from one row, head and sequence to the next."""
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+    strides = zip(x.stride()[:-1], x.shape[:-1], strict=True)
+    return x.stride(-1) == 1 and all(s % 8 == 0 and (s > 0 or size == 1) for s, size in strides)
 
 
 def is_wide(DQK: int, DHV: int) -> bool:
-    """Whether walk_kernel is needed, whose programs have less of the state's rows and more of its columns."""
+    """Whether the state leaves no registers for the scores, so that walk_kernel and the tiles' kernels take over."""
     return DQK > 128 or DHV > 256
 
 
@@ -1608,7 +1611,7 @@ def keys_options(DQK: int, DHV: int) -> dict:
 
 
 def walk_options(ROWS: int, COLUMNS: int, DQK: int, DHV: int, most: int = 2) -> dict:
-    """Tiles of walk_kernel: as many stages as fit into shared memory."""
+    """Tiles of walk_kernel. most: stages that fit into shared memory where a tile has 256 columns."""
     BC = max(64, min(256, power_of_2(COLUMNS)))
     return {
         "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BR": 128 if ROWS > 64 else 64, "BC": BC,
@@ -1659,7 +1662,8 @@ def starts_of_spans(
 ) -> Tensor | None:
     """The states C that the spans start from, (B, NH, spans, DQK, DHV); backward: dC where they end, of q and dh.
 
-    For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
+    For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once, but for
+    those that are forgotten before it matters.
     """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
     NT, PIECE = ceil_div(T, BLOCK), max(GRAIN, SPAN // 8)
@@ -1689,7 +1693,7 @@ def starts_of_spans(
 
 
 def with_normalizer(rows: Tensor, S: Tensor, T: int, NT: int, assume_norm: bool) -> Tensor:
-    """The rows for the backward pass, with r in them."""
+    """The rows with r in them, for the backward pass and for wide heads' h."""
     new, groups = torch.empty_like(rows), ceil_div(NT, 8) * S.shape[0] * S.shape[1]
     rows_backward_kernel[(groups,)](rows, S, new, T, NT, assume_norm, BLOCK, 8, num_warps=4)
     return new
@@ -1850,6 +1854,7 @@ def launch_backward(
             dh, k, v, q, y, n, rows, dq, q_dq, *dh.stride()[:3], *k.stride()[:3], *v.stride()[:3], *q.stride()[:3],
             *dq.stride()[:3], T, NT, NH, y.stride(0), DQK, DHV, len(y), BLOCK, **TILE,
         )  # fmt: skip
+        del y  # of heads of 256/512 it is twice as large as q and k together: not to be kept beside that of dk
     else:
         v_, dh_, rows_ = describe(v, p["BV"]), describe(dh, p["BV"]), describe_rows(rows, 8, BLOCK)
         dq_kernel[(ceil_div(NT, SPAN_DQ) * BH,)](
@@ -1873,7 +1878,6 @@ def launch_backward(
             *v.stride()[:3], *q.stride()[:3], *dh.stride()[:3], *k.stride()[:3], *dk.stride()[:3],
             T, NT, NH, y.stride(0), DQK, DHV, len(y), BLOCK, **TILE,
         )  # fmt: skip
-        del y
     else:
         p = values_options(DQK, DHV)
         tiles_k = ceil_div(DQK, p["BK"])
@@ -2070,6 +2074,10 @@ def _check_hopper(q, k, v) -> None:
                 f"{name} must have at most {most} columns, a multiple of 8, got {x.shape[-1]}; "
                 "mlstm_tfla.py takes others"
             )
+    if is_wide(q.shape[-1], v.shape[-1]) and q.shape[2] >= 2**23:  # the walk counts in 32 bits
+        raise ValueError(
+            f"q must have fewer than 2^23 steps in heads so wide, got {q.shape[2]}; mlstm_tfla.py takes more"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.numel() > 0 and not copy_engine_reads(x):
             raise ValueError(

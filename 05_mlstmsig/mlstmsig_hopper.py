@@ -26,7 +26,8 @@ or after it, on the products with the state in float32 (values_tile_kernel, for 
 
 Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
 same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
-state. That is found by walk_kernel too, but for pieces that have been forgotten when their span ends (pieces_kernel).
+state. walk_kernel finds that, too, for all pieces but those of which pieces_kernel says that they are forgotten by the
+end of their span (backward: by its beginning).
 
 Glossary (name in code = symbol = shape):
     b        sum of log sigmoid(f) since the tile began, without resets
@@ -228,7 +229,7 @@ def starts_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces of both kernels. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
+# What the walks share. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
 # exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
 # ---------------------------------------------------------------------------------------------------------------------
 # same as 04_tfla_triton/mlstm_hopper.py::tile_at
@@ -253,7 +254,7 @@ def load_partition(
     full, empty, batch, head_, bh, first_a, first_b, first_x, first_n, first, count, NT,
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fills the ring as fast as both other roles empty it. Past the end of the sequence there are zeros."""
+    """Fills the ring as fast as the other roles empty it. Past the end of the sequence there are zeros."""
     a_size: gl.constexpr = 0 if a_desc is None else a_desc.block_type.nbytes
     size: gl.constexpr = a_size + b_desc.block_type.nbytes + x_desc.block_type.nbytes
     own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
@@ -636,20 +637,21 @@ def walk_kernel(
     BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BR: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A walk that keeps BR x BC of the state, 64 rows in each of one or two warpgroups; P is known.
+    """A walk that keeps BR x BC of the state, 64 rows in each of one or two warpgroups, and forms no scores.
 
-    y_desc      Y = read * (A C) + P X, C <- decay C + (write * B)^T X, of heads too wide for state_times_keys_kernel;
-                the state's rows are columns of X, X, Y = V, H or dH, dV
-    y_ptr       Y = A C alone, in float32, (tiles of columns, B * NH, NT, BLOCK, DQK), C <- decay C + B^T (write * X);
-                the state's rows are columns of X = K or Q
-    neither     likewise, but nothing is wanted but the state where a span ends, and only if its weight is not 0
+    y_desc      Y = read * (A C) + P X, C <- decay C + B^T (write * X), with P from memory, of heads that are too wide
+                for state_times_keys_kernel: A, B, X, Y as there, but X is weighted, of which a program has less.
+                The rows it keeps are those of C^T.
+    y_ptr       Y = A C^T alone, in float32, (tiles of columns, B * NH, NT, BLOCK, DQK), C <- decay C + (write * X)^T B:
+                A, B, X = dH, V, K for dq, and with dC for C, backward, V, dH, Q for dk.
+    neither     C alone, where each span ends whose weight is not 0. Here the spans are the pieces of spans.
     Grid: (tiles of the state) * SPANS * B * NH.
     """
-    KEYS: gl.constexpr = y_desc is None
-    ROWS: gl.constexpr = DQK if KEYS else DHV
-    COLUMNS: gl.constexpr = DHV if KEYS else DQK
-    stride_row: gl.constexpr = DHV if KEYS else 1
-    stride_column: gl.constexpr = 1 if KEYS else DHV
+    ROWS_ARE_KEYS: gl.constexpr = y_desc is None
+    ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
+    COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
+    stride_row: gl.constexpr = DHV if ROWS_ARE_KEYS else 1
+    stride_column: gl.constexpr = 1 if ROWS_ARE_KEYS else DHV
     TILES_R: gl.constexpr = (ROWS + BR - 1) // BR
     TILES_C: gl.constexpr = (COLUMNS + BC - 1) // BC
     HALVES: gl.constexpr = BR // 64
@@ -677,7 +679,7 @@ def walk_kernel(
     fence_async_shared()
     if weights_ptr is not None:
         count = gl.where(gl.load(weights_ptr + bh * spans + span) != 0.0, count, 0)
-    if KEYS:
+    if ROWS_ARE_KEYS:
         at_end = count > 0
     else:
         at_end = (first == 0) if BACKWARD else (first + count == NT)
@@ -685,7 +687,7 @@ def walk_kernel(
     if first_ptr is not None:
         first_ptr += (bh * spans + span) * DQK * DHV
     if last_ptr is not None:
-        last_ptr += ((bh * spans + span) if KEYS else bh) * DQK * DHV
+        last_ptr += ((bh * spans + span) if ROWS_ARE_KEYS else bh) * DQK * DHV
     if y_ptr is not None:
         y_ptr += (tile_c * BH + bh) * NT * DQK * BLOCK
     if border_ptr is not None:
@@ -940,7 +942,7 @@ def values_tile_kernel(
     T, NT, NH, stride_part, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """read * Y + P B, with P = A X^T * Wr (backward: Wr^T) and Y = A C, as state_times_values_kernel: dq or dk.
+    """read * Y + P B, with P = A X^T * Wr (backward: Wr^T) and Y = A C^T, as state_times_values_kernel: dq or dk.
 
     Also q . dq or k . dk in two parts. Grid: NT * B * NH.
     """
@@ -1088,13 +1090,13 @@ def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
 # same as 04_tfla_triton/mlstm_hopper.py::copy_engine_reads
 def copy_engine_reads(x: Tensor) -> bool:
     """It wants multiples of 16 bytes from one row, head and sequence to the next."""
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+    strides = zip(x.stride()[:-1], x.shape[:-1], strict=True)
+    return x.stride(-1) == 1 and all(s % 8 == 0 and (s > 0 or size == 1) for s, size in strides)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::is_wide
 def is_wide(DQK: int, DHV: int) -> bool:
-    """Whether walk_kernel is needed, whose programs have less of the state's rows and more of its columns."""
+    """Whether the state leaves no registers for the scores, so that walk_kernel and the tiles' kernels take over."""
     return DQK > 128 or DHV > 256
 
 
@@ -1110,7 +1112,7 @@ def keys_options(DQK: int, DHV: int) -> dict:
 
 # same as 04_tfla_triton/mlstm_hopper.py::walk_options
 def walk_options(ROWS: int, COLUMNS: int, DQK: int, DHV: int, most: int = 2) -> dict:
-    """Tiles of walk_kernel: as many stages as fit into shared memory."""
+    """Tiles of walk_kernel. most: stages that fit into shared memory where a tile has 256 columns."""
     BC = max(64, min(256, power_of_2(COLUMNS)))
     return {
         "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BR": 128 if ROWS > 64 else 64, "BC": BC,
@@ -1155,7 +1157,8 @@ def starts_of_spans(
 ) -> Tensor | None:
     """The states C that the spans start from, (B, NH, spans, DQK, DHV); backward: dC where they end, of q and dh.
 
-    For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once.
+    For that each span is cut into pieces, up to eight, and what they add is computed for all of them at once, but for
+    those that are forgotten before it matters.
     """
     (B, NH, T, DQK), DHV = k.shape, v.shape[-1]
     NT, PIECE = ceil_div(T, BLOCK), max(GRAIN, SPAN // 8)
@@ -1288,8 +1291,8 @@ def launch_backward(
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
     parts_v = tiles_v * (BV // 64 if wide else 1)
     carry = empty(parts_v, B, NH, borders.shape[2] + 2)
-    # There is no state at the ends but what is said below. And before the copy engine's descriptors are made, something
-    # must have been launched: the thread that autograd calls this in may have no CUDA context yet.
+    # There is no state at the ends but what is said below. Without spans this is the first launch. One with the copy
+    # engine's descriptors must not be: the thread that autograd calls this in may have no CUDA context yet.
     carry[..., :: borders.shape[2] + 1] = 0
     if wide:
         walk_along_keys(k, q, dh, dv, P, rows, decay, ends, dC_0, borders, carry, SPAN, backward=True)
@@ -1323,6 +1326,7 @@ def launch_backward(
                 a, b, x, own, parts, rows, y, tile, state, *strides,
                 T, NT, NH, parts.stride(0), DQK, DHV, len(parts), BACKWARD, BLOCK, **TILE,
             )  # fmt: skip
+            del parts  # of heads of 256/512 it is twice as large as q and k together
         else:
             a_, b_, x_, own_ = describe(a, p["BV"]), describe(b, p["BK"]), describe(x, p["BV"]), describe(own, p["BK"])
             state_times_values_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
@@ -1462,6 +1466,10 @@ def _check_hopper(q, k, v) -> None:
                 f"{name} must have at most {most} columns, a multiple of 8, got {x.shape[-1]}; "
                 "mlstmsig_tfla.py takes others"
             )
+    if is_wide(q.shape[-1], v.shape[-1]) and q.shape[2] >= 2**23:  # the walk counts in 32 bits
+        raise ValueError(
+            f"q must have fewer than 2^23 steps in heads so wide, got {q.shape[2]}; mlstmsig_tfla.py takes more"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.numel() > 0 and not copy_engine_reads(x):
             raise ValueError(

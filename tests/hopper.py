@@ -5,6 +5,7 @@ import threading
 import properties
 import pytest
 import torch
+import torch.nn.functional as F
 from properties import DEVICE
 from tfla_lab.forms import GRADIENTS, run_torch
 from tfla_lab.inputs import random_inputs
@@ -23,6 +24,12 @@ BAD = [
     (lambda x: {"k": x.k.mT.contiguous().mT}, ValueError, "k must be contiguous in its last dimension .* got strides"),
     (lambda x: {"k": torch.cat([x.k, x.k[..., :4]], -1)[..., :16]}, ValueError, "k must .* multiples of 8, "),
     (lambda x: {"q": x.q[:, :1].expand_as(x.q)}, ValueError, "q must be .* got strides"),
+    # a batch of one, cut out of a larger one whose entries are 164 numbers apart
+    (
+        lambda x: {"k": F.pad(x.k.repeat(2, 1, 1, 1).flatten(1), (0, 4))[:, :160].unflatten(1, (2, 5, 16))[:1]},
+        ValueError,
+        "k must .* of 8, got",
+    ),
 ]
 
 
@@ -31,6 +38,12 @@ def error_names_the_argument(function, change, error, message) -> None:
     inputs = inputs._replace(q=inputs.q.to(BFLOAT16), k=inputs.k.to(BFLOAT16), v=inputs.v.to(BFLOAT16))
     with pytest.raises(error, match=message):
         function(**(inputs._asdict() | change(inputs)))
+
+
+def too_many_steps_are_named(function) -> None:
+    q, v, i = (torch.empty(1, 1, 2**23, *D, dtype=BFLOAT16, device="meta") for D in ((136,), (8,), ()))
+    with pytest.raises(ValueError, match=r"q must have fewer than 2\^23 steps in heads so wide, got 8388608"):
+        function(q, q, v, i, i)
 
 
 def odd_address_is_named(function) -> None:

@@ -427,6 +427,10 @@ def test_errors_name_the_argument(change, error, message):
     hopper.error_names_the_argument(mlstm_hopper, change, error, message)
 
 
+def test_too_many_steps_are_named():
+    hopper.too_many_steps_are_named(mlstm_hopper)
+
+
 @ON_HOPPER
 def test_an_odd_address_is_named():
     hopper.odd_address_is_named(mlstm_hopper)
@@ -447,7 +451,7 @@ def test_without_triton_the_import_says_what_works():
 # Compiled, with or without a GPU
 # ---------------------------------------------------------------------------------------------------------------------
 def test_compiles_ahead_of_time():
-    """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
+    """What the launchers pick for narrow heads, all of it, and most of it for wide ones."""
     rows = properties.compile_ahead_of_time("sm_90", "stage04_hopper_aot.json", "mlstm_hopper", witness="bfloat16")
     assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
     # Where as much of C is kept as there are registers, a few numbers of a tile go by way of the stack.

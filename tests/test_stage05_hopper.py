@@ -372,6 +372,10 @@ def test_errors_name_the_argument(change, error, message):
     hopper.error_names_the_argument(mlstmsig_hopper, change, error, message)
 
 
+def test_too_many_steps_are_named():
+    hopper.too_many_steps_are_named(mlstmsig_hopper)
+
+
 @ON_HOPPER
 def test_an_odd_address_is_named():
     hopper.odd_address_is_named(mlstmsig_hopper)
@@ -392,7 +396,7 @@ def test_without_triton_the_import_says_what_works():
 # Compiled, with or without a GPU
 # ---------------------------------------------------------------------------------------------------------------------
 def test_compiles_ahead_of_time():
-    """Everything that the launchers can pick, with the registers and the shared memory that the README's table says."""
+    """What the launchers pick for narrow heads, all of it, and most of it for wide ones."""
     rows = properties.compile_ahead_of_time("sm_90", "stage05_hopper_aot.json", "mlstmsig_hopper", witness="bfloat16")
     assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
     # walk_kernel keeps as much of C as there are registers: a few numbers of a tile go by way of the stack.

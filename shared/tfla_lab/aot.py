@@ -151,7 +151,7 @@ def mlstm_hopper(stage, dtype: str):
     """In bfloat16 alone; a kernel for each power of two that the heads fit into; sequences whole and in spans."""
     if dtype != "bfloat16":
         return
-    for DQK, DHV in ((128, 256), (256, 512), (64, 64), (72, 104)):
+    for DQK, DHV in ((128, 256), (256, 512), (128, 512), (256, 128), (64, 64), (72, 104)):
         (*x, h), state = tensors(dtype, DQK, DHV, (2, 4, 2048))
         with catch_launches() as launches:
             for start, SPAN in ((state, 32), ((None,) * 3, 32), ((None,) * 3, 16)):
@@ -188,7 +188,7 @@ def mlstmsig_hopper(stage, dtype: str):
     """As mlstm_hopper."""
     if dtype != "bfloat16":
         return
-    for DQK, DHV in ((128, 256), (256, 512), (64, 64), (72, 104)):
+    for DQK, DHV in ((128, 256), (256, 512), (128, 512), (256, 128), (64, 64), (72, 104)):
         (*x, h), (C_0, *_) = tensors(dtype, DQK, DHV, (2, 4, 2048))
         with catch_launches() as launches:
             for start, SPAN in ((C_0, 32), (None, 32), (None, 16)):
