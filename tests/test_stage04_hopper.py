@@ -246,7 +246,9 @@ def test_passes_around_the_walks(regime, with_state):
     tiles = {"P": ((q @ k.mT) * W / D[..., None]).flatten(2, 3), "S": S, "q_dq": q_dq, "delta": delta, "dq": dq}
     tiles |= {"dk": dk, "k_dk_tile": (k * (dk - dk_state)).sum(-1), "k_dk_state": (k * dk_state).sum(-1)}
     new_rows.view(B, NH, NT, 8, BLOCK)[:, :, :, 7] = sign
-    if INTERPRETED:  # a GPU's products of float32 are those of TF32; in bfloat16 all tests of wide heads have them
+    # A GPU's products of float32 are those of TF32; in bfloat16 all tests of wide heads have them. The other regimes
+    # differ in the rows, which are compared in any case, and take minutes.
+    if INTERPRETED and regime in ("typical", "resets", "shut", "padding"):
         compare_tiles(tiles, tiles_of_wide_heads(inputs, dh, n, dn, rows, new_rows, C_dh, v @ dC[:, :, 1:].mT), T)
     torch.testing.assert_close((q * dq).sum(-1), q_dq, rtol=1e-4, atol=1e-4 * dh_h.abs().max().item())
     sums = [q_dq, (k * (dk - dk_state)).sum(-1), (k * dk_state).sum(-1)]
