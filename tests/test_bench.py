@@ -160,7 +160,8 @@ def test_a_configuration_that_is_asked_for_is_taken_at_every_length(fake, fake_k
 
 
 def test_the_plan_has_everything_once_at_constant_tokens():
-    tasks = bench.plan([*bench.KERNELS, *bench.STEPS], bench.SHAPES, prefill=bench.PREFILL, decode=bench.DECODE)
+    tasks = bench.plan([*bench.KERNELS, *bench.STEPS], bench.SHAPES, remember=bench.REMEMBER, decode=bench.DECODE)
+    assert {t["kernel"] for t in tasks if t["pass"] == "remember"} == {n for n, k in bench.KERNELS.items() if k.ours}
     assert len({bench.identity(task) for task in tasks}) == len(tasks)
     assert all(t["T"] * t["batch"] == bench.TOKENS for t in tasks if t["pass"] == "train")
     assert {t["heads"] * t["d_hv"] for t in tasks} == {4096}
@@ -209,8 +210,8 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, arguments, mess
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "whole train prefill decode: 14 kernels, 4 steps, 8 lengths, 4 shapes"),
-        ("--only mlstm_tfla", "whole train prefill: 1 kernels, 0 steps, 8 lengths, 4 shapes"),
+        ("", "whole train remember prefill decode: 14 kernels, 4 steps, 8 lengths, 4 shapes"),
+        ("--only mlstm_tfla", "whole train remember prefill: 1 kernels, 0 steps, 8 lengths, 4 shapes"),
         ("--quick", "part train: 14 kernels, 0 steps, 2 lengths, 2 shapes"),
         ("--T 512 --only mlstm_tfla --chunk-size 64 128", "part train: 1 kernels, 0 steps, 1 lengths, 1 shapes"),
         ("--heads 8 --dqk 256 --dhv 512 --only mlstm_tfla", "part train: 1 kernels, 0 steps, 8 lengths, 1 shapes"),
@@ -221,7 +222,7 @@ def test_the_command_line_says_what_is_measured(monkeypatch, arguments, expected
     monkeypatch.setattr(bench, "has_gpu", lambda: True)
     tasks, whole = bench.tasks_of(bench.arguments_of(arguments.split()))
     names = {task["kernel"] for task in tasks}
-    kinds = dict.fromkeys(sorted((t["pass"] for t in tasks), key=("train", "prefill", "decode").index))
+    kinds = dict.fromkeys(sorted((t["pass"] for t in tasks), key=("train", "remember", "prefill", "decode").index))
     lengths = {t["T"] for t in tasks if t["pass"] == "train"}
     shapes = {(t["heads"], t["d_qk"], t["d_hv"]) for t in tasks}
     found = f"{len(names & set(bench.KERNELS))} kernels, {len(names & set(bench.STEPS))} steps"

@@ -51,10 +51,12 @@ SHAPES = {(16, 128, 256): LENGTHS} | dict.fromkeys(((8, 256, 512), (64, 64, 64),
 MAIN = next(iter(SHAPES))
 SWEEP = 8192  # the length at which configurations are tried
 PREFILL = (65_536, 131_072)  # steps of the one long sequence
+REMEMBER = (8192, 65_536)  # lengths at which f is also larger by 10: next to nothing is forgotten
 DECODE = (1, 4, 16, 64, 256)  # sequences that take a step together
 WRONG, WRONG_GATE = 0.05, 0.1  # errors from which on others' kernels are called wrong
 PATIENCE = 300  # seconds for one row, compilation included
-TOGETHER = 4  # kernels whose code is compiled at the same time, before the first of them is timed
+TOGETHER = 8  # kernels whose code is compiled at the same time, before the first of them is timed
+SHARES = 6  # processes among which the tiles of a kernel with @triton.autotune are divided to be compiled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,16 +153,16 @@ def matrix_rate() -> float:
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
 def draw(
-    B: int, NH: int, T: int, DQK: int, DHV: int, dtype: torch.dtype, device: str = "cuda"
+    B: int, NH: int, T: int, DQK: int, DHV: int, dtype: torch.dtype, device: str = "cuda", shift_f: float = 0
 ) -> tuple[Inputs, Tensor]:
-    """Inputs as in the regime "typical" of tfla_lab.inputs, drawn on the device; and a gradient of h."""
+    """Inputs as in the regime "typical" of tfla_lab.inputs, drawn on the device, f shifted; and a gradient of h."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator)
 
     q, k, v, dh = (normal(B, NH, T, D).to(dtype) for D in (DQK, DQK, DHV, DHV))
-    return Inputs(q, k, v, normal(B, NH, T), normal(B, NH, T) + 3), dh
+    return Inputs(q, k, v, normal(B, NH, T), normal(B, NH, T) + 3 + shift_f), dh
 
 
 def ends(x: Tensor, heads_axis: int) -> Tensor:
@@ -205,7 +207,7 @@ def default_chunk_size(name: str, DQK: int, DHV: int) -> int:
 
 def measure(
     name: str, T: int, B: int, *, NH: int, DQK: int, DHV: int, dtype: torch.dtype, device: str = "cuda",
-    **configuration,
+    shift_f: float = 0, **configuration,
 ) -> dict:  # fmt: skip
     """One row of the results: forward, forward + backward, memory.
 
@@ -214,7 +216,7 @@ def measure(
     """
     kernel, row = KERNELS[name], start_row(name, T, B, NH, DQK, DHV, dtype, configuration)
     call, kind = functools.partial(kernel.load(), **configuration), row["dtype"]
-    inputs, dh = draw(B, NH, T, DQK, DHV, dtype, device)
+    inputs, dh = draw(B, NH, T, DQK, DHV, dtype, device, shift_f)
     leaves = kernel.leaves(inputs)
     names, leaves = list(leaves), [x.requires_grad_() for x in leaves.values()]
     dh = swap(dh).contiguous() if kernel.heads_axis == 2 else dh
@@ -319,14 +321,14 @@ def measure_decode(kernel: str, B: int, *, NH: int, DQK: int, DHV: int, dtype: t
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks, and the process that answers them
 # ---------------------------------------------------------------------------------------------------------------------
-# A task is what its row begins with: "pass" ("train", "prefill" or "decode"), "kernel", "T", "batch", "heads", "d_qk",
-# "d_hv", "dtype", "configuration".
+# A task is what its row begins with: "pass" ("train", "remember", "prefill" or "decode"), "kernel", "T", "batch",
+# "heads", "d_qk", "d_hv", "dtype", "configuration".
 IDENTITY = ("pass", "kernel", "T", "batch", "heads", "d_qk", "d_hv", "dtype", "configuration")
 
 
 def answer(task: dict) -> dict:
     """In a worker: the row of a task. Or, with one of these keys, "load": its kernel is imported; "compile": it runs
-    once, so that all its code is compiled and waits in Triton's cache; "rates": those of the card."""
+    once, so that all its code is compiled and waits in Triton's cache, or of that a "share"; "rates": the card's."""
     if "rates" in task:
         return {"copy_rate_tb_s": round(copy_rate(), 3), "matrix_rate_tflop_s": round(matrix_rate(), 1)}
     name, step = task["kernel"], task["pass"] == "decode"
@@ -334,14 +336,15 @@ def answer(task: dict) -> dict:
         if not step:
             KERNELS[name].load()
         return {}
-    shorten_autotuning(once="compile" in task)
+    shorten_autotuning(once="compile" in task, share=task.get("share", 0))
     options = {"NH": task["heads"], "DQK": task["d_qk"], "DHV": task["d_hv"], "dtype": getattr(torch, task["dtype"])}
     if "compile" in task:
         compile_kernel(task, **options)
         return {}
     if step:
         return measure_decode(name, task["batch"], **options)
-    function = measure if task["pass"] == "train" else measure_prefill
+    remember = functools.partial(measure, shift_f=10)
+    function = {"train": measure, "remember": remember, "prefill": measure_prefill}[task["pass"]]
     return function(name, task["T"], task["batch"], **options, **task["configuration"])
 
 
@@ -357,12 +360,14 @@ def compile_kernel(task: dict, *, NH: int, DQK: int, DHV: int, dtype: torch.dtyp
 
 
 @functools.cache
-def shorten_autotuning(once: bool) -> None:
+def shorten_autotuning(once: bool, share: int) -> None:
     """Kernels with @triton.autotune try hundreds of tiles at their first call, each for an eighth of a second.
 
-    A fifth of that finds the same tile; and where everything is only to be compiled, one run is enough.
+    A fifth of that finds the same tile. Where everything is only to be compiled, one run is enough, and of the tiles
+    every SHARES-th, from number `share` on: other processes have the others.
     """
     import triton
+    from triton.runtime.autotuner import Autotuner
 
     def run_once(function: Callable, **_) -> list[float]:
         function()
@@ -370,6 +375,14 @@ def shorten_autotuning(once: bool) -> None:
 
     do_bench = triton.testing.do_bench
     triton.testing.do_bench = run_once if once else functools.partial(do_bench, warmup=5, rep=20)
+    if once:
+        prune = Autotuner.prune_configs
+
+        def prune_configs(self, *args, **kwargs) -> list:
+            left = prune(self, *args, **kwargs)
+            return left[share % len(left) :: SHARES]
+
+        Autotuner.prune_configs = prune_configs
 
 
 def identity(row: dict) -> str:
@@ -378,13 +391,15 @@ def identity(row: dict) -> str:
 
 def plan(
     names: Iterable[str], shapes: dict[tuple[int, int, int], Iterable[int]], *, dtype: str = "bfloat16",
-    batches: list[int] | None = None, prefill: Iterable[int] = (), decode: Iterable[int] = (),
+    batches: list[int] | None = None, remember: Iterable[int] = (), prefill: Iterable[int] = (),
+    decode: Iterable[int] = (),
 ) -> list[dict]:  # fmt: skip
-    """The tasks, still without configurations: all lengths of all shapes; of the first shape also prefill and decode.
+    """The tasks, still without configurations: all lengths of all shapes; of the first shape also the others.
 
     Args:
         names: of KERNELS, and of STEPS for decode.
         batches: instead of 65,536 / T.
+        remember: lengths, of our own kernels; what the others do does not depend on the gates.
         prefill: lengths, for one sequence.
         decode: numbers of sequences.
     """
@@ -393,6 +408,7 @@ def plan(
         for name in names:
             if name in KERNELS:
                 found = [("train", T, B) for T in lengths for B in batches or [TOKENS // T]]
+                found += [("remember", T, TOKENS // T) for T in remember if KERNELS[name].ours and number == 0]
                 found += [("prefill", T, 1) for T in (() if number else prefill)]
                 heads, d_qk, d_hv = KERNELS[name].shape(*shape)
             else:
@@ -490,7 +506,8 @@ def run_stage(
             for early in workers[number : number + 2]:
                 early.start()
             for task in group:
-                progress.set_postfix_str(f"{task['kernel']}, {task['pass']}, T = {task['T']}")
+                words = f"{task['kernel']}, {task['pass']}, T = {task['T']}"
+                progress.set_postfix_str(words, refresh=sys.stderr.isatty())
                 if task["configuration"] is None:
                     found = {"problem": "not tried: no configuration ran at the length where they are tried"}
                 else:
@@ -513,7 +530,12 @@ def compile_all(tasks: list[dict], ask: str) -> None:
         worker.ask(task | {"compile": True}, seconds=PATIENCE)
         worker.stop()
 
-    tasks = [task for task in tasks if task["pass"] == "train" and task["configuration"] is not None]
+    tasks = [
+        task | {"share": share}
+        for task in tasks
+        if task["pass"] == "train" and task["configuration"] is not None
+        for share in range(SHARES if KERNELS[task["kernel"]].autotuned else 1)
+    ]
     memory = torch.cuda.mem_get_info()[1] if has_gpu() else 0
     at_once = max(1, min((os.cpu_count() or 1) - 2, memory // (12 * 2**30)))
     if len(tasks) > 1 and at_once > 1:
@@ -643,14 +665,14 @@ def tasks_of(arguments: argparse.Namespace) -> tuple[list[dict], bool]:
         if arguments.chunk_size:
             tasks = [t | {"configuration": {"chunk_size": L}} for t in tasks for L in arguments.chunk_size]
         return tasks, False
-    return plan(arguments.only, SHAPES, prefill=PREFILL, decode=DECODE), True
+    return plan(arguments.only, SHAPES, remember=REMEMBER, prefill=PREFILL, decode=DECODE), True
 
 
 def show(result: dict) -> None:
     """Prints the tables of a result."""
     rows = [row for row in result["rows"] if "pass" in row]
     print("\n".join(f"{row['kernel']}: {row['problem']}" for row in result["rows"] if "pass" not in row))
-    for kind in ("train", "prefill", "decode"):
+    for kind in ("train", "remember", "prefill", "decode"):
         some = [row for row in rows if row["pass"] == kind]
         for shape in dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in some):
             print(f"\n{kind}, {shape[0]} heads, d_qk = {shape[1]}, d_hv = {shape[2]}")

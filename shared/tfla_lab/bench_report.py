@@ -100,16 +100,26 @@ def main_table(result: dict) -> str:
     return markdown(head, lines)
 
 
-def shapes_table(result: dict) -> str:
-    """All shapes, at one length."""
+def shapes_tables(result: dict) -> str:
+    """A table for each of the other shapes, over the length."""
     ours = [row for row in result["rows"] if row.get("pass") == "train" and is_ours(row)]
-    shapes = dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours)
-    lines = [
-        [title(name), *(cell(rows_of(result, "train", name, shape).get(HEADLINE)) for shape in shapes)]
-        for name in KERNELS
-        if not KERNELS[name].attention and any(rows_of(result, "train", name, shape) for shape in shapes)
-    ]
-    return markdown(["kernel", *(f"{NH} × ({DQK}, {DHV})" for NH, DQK, DHV in shapes)], lines)
+    tables = []
+    for shape in dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours):
+        if shape != MAIN:
+            found = {name: rows for name in KERNELS if (rows := rows_of(result, "train", name, shape))}
+            lengths = sorted({T for name, rows in found.items() if not KERNELS[name].attention for T in rows})
+            lines = [[title(name), *(cell(rows.get(T)) for T in lengths)] for name, rows in found.items()]
+            head = "{} heads of ({}, {})".format(*shape)
+            tables.append(markdown([head, *(f"T = {T:,}" for T in lengths)], lines))
+    return "\n\n".join(tables)
+
+
+def remember_table(result: dict) -> str:
+    """Our own kernels where next to nothing is forgotten."""
+    found = {name: rows for name in KERNELS if (rows := rows_of(result, "remember", name))}
+    lengths = sorted({T for rows in found.values() for T in rows})
+    lines = [[title(name), *(cell(rows.get(T)) for T in lengths)] for name, rows in found.items()]
+    return markdown(["kernel", *(f"T = {T:,}" for T in lengths)], lines)
 
 
 def table_over(result: dict, kind: str, names: Iterable[str], number: str, head: str, column: str) -> str:
@@ -195,7 +205,10 @@ def section(result: dict) -> str:
     if any(
         (row["heads"], row["d_qk"], row["d_hv"]) != MAIN for row in result["rows"] if "pass" in row and is_ours(row)
     ):
-        more += f"Other head dimensions, heads × (d_qk, d_hv), at T = {HEADLINE:,}:\n\n{shapes_table(result)}\n\n"
+        more += f"Other head dimensions (d_qk, d_hv), as wide:\n\n{shapes_tables(result)}\n\n"
+    if "remember" in measured:
+        more += "The kernels for Hopper GPUs do not compute what is forgotten before it matters. With f larger by 10, "
+        more += f"where next to nothing is forgotten:\n\n{remember_table(result)}\n\n"
     if "prefill" in measured:
         more += f"One long sequence, forward with the state after it, in ms:\n\n{prefill_table(result)}\n\n"
     if "decode" in measured:

@@ -45,6 +45,7 @@ class Kernel:
         norm_follows: its gradient leaves the normalizer out. That is right behind a norm, where the gradient of h is
             orthogonal to h, so it is checked and timed with one that is.
         per_length: compiles anew for every length.
+        autotuned: tries many tiles at its first call.
         note: what a reader of its times should know.
     """
 
@@ -63,6 +64,7 @@ class Kernel:
     attention: bool = False
     norm_follows: bool = False
     per_length: bool = False
+    autotuned: bool = False
     note: str = ""
 
     def missing(self) -> str:
@@ -322,17 +324,17 @@ KERNELS = {
         ),
         Kernel(
             "fla_simple_gla", "FLA simple_gla", simple_gla_call, decay_leaves, decay_reference, torch.Tensor.double,
-            "fla", "fla-core", heads_axis=2, note=GATES_BEFORE,
+            "fla", "fla-core", heads_axis=2, autotuned=True, note=GATES_BEFORE,
         ),
         Kernel(
             "mamba2_ssd", "Mamba-2 SSD", ssd_call, ssd_leaves, ssd_reference, lambda C: C.double().mT,
-            "mamba_ssm", "mamba_ssm", heads_axis=2, install=WITHOUT_EXTENSION,
+            "mamba_ssm", "mamba_ssm", heads_axis=2, install=WITHOUT_EXTENSION, autotuned=True,
             configurations=({"chunk_size": 128}, {"chunk_size": 64}, {"chunk_size": 256}),
             note="a group for each head, so that B and C are keys and queries; " + GATES_BEFORE,
         ),
         Kernel(
             "fla_gla", "FLA gla", gla_call, gla_leaves, gla_reference, torch.Tensor.double,
-            "fla", "fla-core", heads_axis=2,
+            "fla", "fla-core", heads_axis=2, autotuned=True,
             note="another cell: a decay for each key dimension, which it gets as logarithms in bfloat16",
         ),
         Kernel(
