@@ -13,29 +13,30 @@ written and read again, and everything comes from memory once. Of a tile, with P
 
 h and dv are computed by one kernel, state_times_keys_kernel. dq_kernel also finds delta, the gradient through the
 normalizer: that takes dh . h, for which a program must have all of d_qk; in dk_kernel it has 64 columns.
-All stabilizers m and, as it takes little more than k, the normalizer state n of every tile come from passes before:
+All stabilizers m come from passes before:
 
-    forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> sums_kernel -> vectors_kernel -> h
-    backward    rows_backward_kernel -> dv -> dq_kernel -> sums_kernel -> vectors_kernel -> dk_kernel -> dgates_kernel
+    forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> h
+    backward    rows_backward_kernel -> dv -> dq_kernel -> dk_kernel -> dgates_kernel
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
 
     load     one warp: has the copy engine (TMA) bring tile after tile into a ring of buffers
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
+    n        two warps: the normalizer state, for h, or its gradient, for dk
     state    the others: keep the state in their registers, multiply with it, and add to it
 
 Wide heads (d_qk > 128 or d_hv > 256) leave no registers for the scores beside the state. Their walks are walk_kernel's,
 which only loads and keeps the state; what happens within a tile comes before it, P for h and dv (scores_tile_kernel),
 or after it, on the products with the state in float32 (dq_tile_kernel, dk_tile_kernel):
 
-    forward     ... -> sums_kernel -> vectors_kernel -> scores_tile_kernel -> rows_backward_kernel -> h
+    forward     ... -> rows_kernel -> sums_kernel -> vectors_kernel -> scores_tile_kernel -> rows_backward_kernel -> h
     backward    rows_backward_kernel -> dv -> dH C^T -> dq_tile_kernel -> sums_kernel -> vectors_kernel
                 -> V dC^T -> dk_tile_kernel -> dgates_kernel
 
 Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
 same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
 state. walk_kernel finds that, too, for all pieces but those of which pieces_kernel says that they are forgotten by the
-end of their span (backward: by its beginning).
+end of their span (backward: by its beginning). n comes from sums_kernel and vectors_kernel then, as of wide heads.
 
 Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     b        sum of log sigmoid(f) since the tile began, without resets; g is its last value
@@ -145,13 +146,23 @@ def one_after_the_other(a_1, b_1, a_2, b_2):
 
 
 @triton.jit
+def log_sigmoid(f):
+    """In float32, to its last digits: log(1 + x) = 2 artanh(z), z = x / (2 + x) <= 1/3, by its series."""
+    x = tl.exp(-tl.abs(f))
+    z = x / (2.0 + x)
+    square, series = z * z, 1.0 / 15.0
+    for odd in tl.static_range(13, 0, -2):
+        series = series * square + 1.0 / odd
+    return tl.minimum(f, 0.0) - 2.0 * z * series
+
+
+@triton.jit
 def tile_gates(i_ptr, f_ptr, offs_l, offs_t, stride_it, stride_ft, T):
     """b, u, start of the document and largest u in it so far, of tiles side by side (TILES, BLOCK), in float64."""
     i = tl.load(i_ptr + offs_t * stride_it, mask=offs_t < T, other=-float("inf")).to(tl.float64)
-    f = tl.load(f_ptr + offs_t * stride_ft, mask=offs_t < T, other=float("inf")).to(tl.float64)
-    f_bar = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))  # float64: nothing visible is lost in 1 + e^-|f|
+    f = tl.load(f_ptr + offs_t * stride_ft, mask=offs_t < T, other=float("inf")).to(tl.float32)
     reset = f < FORGOTTEN
-    b = tl.cumsum(tl.where(reset, 0.0, f_bar), 1)
+    b = tl.cumsum(tl.where(reset, 0.0, log_sigmoid(f)).to(tl.float64), 1)
     u = i - b
     start, u_max = tl.associative_scan((tl.where(reset, offs_l, -1), u), 1, join_stretches)
     return b, u, start, u_max
@@ -200,21 +211,6 @@ def stabilizers_kernel(g_ptr, a_ptr, m_0_ptr, m_ptr, NT, TILES: tl.constexpr):
 
 
 @triton.jit
-def store_parts(ptr, n, tile, offs_k, mask, DQK):
-    """n (TILES, columns) as the matrix unit takes it: in three of the eight rows of each tile, digits after digits.
-
-    All digits of float32, since whether |S| is above its floor decides whether there is a gradient through S.
-    """
-    row = tl.arange(0, 8)[None, :, None]
-    parts = tl.zeros_like(n).to(tl.bfloat16)[:, None, :]
-    for number in tl.static_range(3):
-        part = n.to(tl.bfloat16)
-        n -= part.to(tl.float32)
-        parts = tl.where(row == number, part[:, None, :], parts)
-    tl.store(ptr + (tile[:, None, None] * 8 + row) * DQK + offs_k[None, None, :], parts, mask=mask[:, None, :])
-
-
-@triton.jit
 def sums_kernel(
     k_ptr, rows_ptr, x_ptr, stride_kb, stride_kh, stride_kt,
     T, NT, NH, DQK, BACKWARD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DQK: tl.constexpr,
@@ -236,12 +232,12 @@ def sums_kernel(
 
 @triton.jit
 def vectors_kernel(
-    x_ptr, decay_ptr, first_ptr, n_ptr, parts_ptr,
-    NT, DQK, BACKWARD: tl.constexpr, TILES: tl.constexpr, BLOCK_DQK: tl.constexpr,
+    x_ptr, decay_ptr, first_ptr, n_ptr, NT, DQK,
+    BACKWARD: tl.constexpr, TILES: tl.constexpr, BLOCK_DQK: tl.constexpr,
 ):  # fmt: skip
     """n or its gradient dn at all tile borders of a head. Grid: (tiles of DQK) * B * NH. Loop: TILES at a time.
 
-    forward     n_c = decay n_{c-1} + x_c; also in parts
+    forward     n_c = decay n_{c-1} + x_c
     backward    dn_{c-1} = decay dn_c + x_c, from the last tile to the first
     """
     tiles_k = tl.cdiv(DQK, BLOCK_DQK)
@@ -253,9 +249,6 @@ def vectors_kernel(
     if first_ptr is not None:
         n_before = tl.load(first_ptr + bh * DQK + offs_k, mask=columns, other=0.0)
     tl.store(n_ptr + (NT if BACKWARD else 0) * DQK + offs_k, n_before, mask=columns)
-    if not BACKWARD:
-        parts_ptr += bh * NT * 8 * DQK
-        store_parts(parts_ptr, n_before[None, :], tl.zeros((1,), dtype=tl.int32), offs_k, columns[None, :], DQK)
     for first in range(0, NT, TILES):
         inside = first + number < NT
         tile = NT - 1 - first - number if BACKWARD else first + number
@@ -266,8 +259,6 @@ def vectors_kernel(
         n = decays * n_before[None, :] + sums
         border = tile if BACKWARD else tile + 1
         tl.store(n_ptr + border[:, None] * DQK + offs_k[None, :], n, mask=mask)
-        if not BACKWARD:
-            store_parts(parts_ptr, n, border, offs_k, mask & (border < NT)[:, None], DQK)
         n_before = tl.sum(tl.where(number[:, None] == TILES - 1, n, 0.0), axis=0)
 
 
@@ -499,19 +490,23 @@ def products_of_rows(
 
 
 @gluon.jit
-def h_scores(q_smem, k_smem, n_smem, full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def h_scores(
+    q_smem, k_smem, n_smem, full, n_full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """Starts Q K^T and q . n of a tile."""
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    stage = number % STAGES
     scores = products_of_rows(q_smem, k_smem, full, number, BLOCK, D, STAGES)
-    q, n = q_smem.index(number % STAGES).reshape([BLOCK, D]), n_smem.index(number % STAGES).permute((1, 0))
+    q, n = q_smem.index(stage).reshape([BLOCK, D]), n_smem.index(stage).permute((1, 0))
+    mbarrier.wait(n_full.index(stage), number // STAGES & 1)
     zero = gl.zeros([BLOCK, 8], gl.float32, layout=narrow)
     return warpgroup_mma(q, n, zero, use_acc=False, is_async=True), scores
 
 
 @gluon.jit
 def h_scores_partition(
-    q_smem, k_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first, count, T,
-    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    q_smem, k_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty, tile_v, first,
+    count, T, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """P = Q K^T * Wr of tile after tile, and r, which makes W into Wr, for the state's warps.
 
@@ -520,7 +515,7 @@ def h_scores_partition(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     vector: gl.constexpr = gl.SliceLayout(1, layout)
     offs_l = gl.arange(0, BLOCK, layout=vector)
-    q_n, scores = h_scores(q_smem, k_smem, n_smem, full, 0, BLOCK, D, STAGES)
+    q_n, scores = h_scores(q_smem, k_smem, n_smem, full, n_full, 0, BLOCK, D, STAGES)
     q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
     for number in range(count):
         stage, P_stage = number % STAGES, number % P_STAGES
@@ -534,7 +529,7 @@ def h_scores_partition(
         r_smem.index(P_stage).store(r)
         # Past the last tile, that one once more, which nobody looks at.
         following = gl.minimum(number + 1, count - 1)
-        q_n_next, scores_next = h_scores(q_smem, k_smem, n_smem, full, following, BLOCK, D, STAGES)
+        q_n_next, scores_next = h_scores(q_smem, k_smem, n_smem, full, n_full, following, BLOCK, D, STAGES)
         fence_async_shared()
         mbarrier.arrive(P_full.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
@@ -567,6 +562,71 @@ def scores_partition(
         mbarrier.arrive(P_full.index(P_stage), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
         scores = warpgroup_mma_wait(0, deps=[scores])
+
+
+@gluon.jit
+def in_parts(n, row):
+    """n as the matrix unit takes it, in three of eight rows in bfloat16, digits after digits.
+
+    All digits of float32, since whether |S| is above its floor decides whether there is a gradient through S.
+    """
+    high = n.to(gl.bfloat16)
+    rest = n - high.to(gl.float32)
+    middle = rest.to(gl.bfloat16)
+    low = (rest - middle.to(gl.float32)).to(gl.bfloat16)
+    zero = gl.zeros_like(high)
+    lower = gl.where(row == 1, middle[None, :], gl.where(row == 2, low[None, :], zero[None, :]))
+    return gl.where(row == 0, high[None, :], lower)
+
+
+@gluon.jit
+def normalizer_partition(
+    b_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, first_k, first, count,
+    KNOWN: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keeps BK columns of n in registers, or backward of dn, and tells the others of it.
+
+    forward     n <- decay n + sum of w_end k, of B = K; the scores' warps need it
+    backward    dn <- decay dn + sum of w_read delta q, of B = Q; the state's warps need it
+    n_ptr: n at all tile borders of the head. KNOWN: it is there; otherwise where the sequence starts.
+    """
+    SOME: gl.constexpr = 16  # steps at a time, to need fewer registers
+    # All steps of a column are one thread's: nothing is summed up across threads.
+    COLUMNS: gl.constexpr = BK // (32 * gl.num_warps())
+    layout: gl.constexpr = gl.BlockedLayout([SOME, COLUMNS], [1, 32], [1, gl.num_warps()], [0, 1])
+    parts: gl.constexpr = gl.BlockedLayout([8, COLUMNS], [1, 32], [1, gl.num_warps()], [0, 1])
+    vector: gl.constexpr = gl.SliceLayout(0, layout)
+    offs_k = first_k + gl.arange(0, BK, layout=vector)
+    row = gl.arange(0, 8, layout=gl.SliceLayout(1, parts))[:, None]
+    mask = offs_k < DQK
+    n = gl.load(n_ptr + (first + count if BACKWARD else first) * DQK + offs_k, mask=mask, other=0.0)
+    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
+    for number in range(count):
+        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
+        mbarrier.wait(full.index(stage), number // STAGES & 1)
+        b, rows = b_smem.index(stage).reshape([BLOCK, BK]), tile_rows(rows_smem, stage, BLOCK)
+        if BACKWARD:
+            n_smem.index(stage).store(n)
+        else:
+            n_smem.index(stage).store(in_parts(gl.convert_layout(n, gl.SliceLayout(0, parts)), row))
+            fence_async_shared()
+        mbarrier.arrive(n_full.index(stage), count=1)
+        border = n_ptr + (tile if BACKWARD else tile + 1) * DQK + offs_k
+        if KNOWN:
+            n = gl.load(border, mask=mask, other=0.0)
+        else:
+            total = gl.zeros([SOME, BK], gl.float32, layout=layout)
+            for start in gl.static_range(0, BLOCK, SOME):
+                weight = rows.index(5 if BACKWARD else 6).slice(start, SOME).load(gl.SliceLayout(1, layout))
+                if BACKWARD:
+                    weight = weight * rows.index(7).slice(start, SOME).load(gl.SliceLayout(1, layout))
+                total += b.slice(start, SOME).load(layout).to(gl.float32) * weight[:, None]
+            n = n * decay + gl.sum(total, axis=0)
+            next_tile = tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD)
+            decay = gl.load(decay_ptr + next_tile)
+            gl.store(border, n, mask=mask)
+        mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -639,6 +699,9 @@ def keys_state_partition(
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
     SIZE: gl.constexpr = (DHV + BV - 1) // BV * BV * BK  # of the state with the zeros that fill its tiles
     decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
+    if first_ptr is None:
+        # No decay is above 1, so this adds 0. But where C is known to be 0, ptxas of Triton 3.6 may die of it.
+        C += gl.where(decay > 2.0, v * 1.0 + k * 1.0, 0.0)
     for number in range(count):
         stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
         border = (tile // BORDER - 1) * SIZE + v * BK + k
@@ -681,8 +744,9 @@ def keys_state_partition(
 
 @gluon.jit
 def keys_scores_partition(
-    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first, count, T,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty, tile_v, first,
+    count, T, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    P_STAGES: gl.constexpr,
 ):  # fmt: skip
     if BACKWARD:
         scores_partition(
@@ -690,24 +754,41 @@ def keys_scores_partition(
         )
     else:
         h_scores_partition(
-            a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v, first,
-            count, T, BLOCK, D, STAGES, P_STAGES,
+            a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty, tile_v,
+            first, count, T, BLOCK, D, STAGES, P_STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def keys_normalizer_partition(
+    k_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, first, count, KNOWN: gl.constexpr,
+    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dv needs none."""
+    if not BACKWARD:
+        normalizer_partition(
+            k_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, 0, first, count, KNOWN, False, BLOCK,
+            DQK, BK, STAGES,
         )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def state_times_keys_kernel(
-    a_desc, b_desc, x_desc, y_desc, n_desc, rows_desc, decay_ptr, first_ptr, last_ptr, S_ptr, border_ptr, carry_ptr,
-    T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr,
-    DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    a_desc, b_desc, x_desc, y_desc, rows_desc, decay_ptr, first_ptr, last_ptr, n_ptr, S_ptr, border_ptr, carry_ptr,
+    T, NT, NH, BH, SPAN, N_KNOWN: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr,
+    DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
+    P_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
-    forward     A, B, X, Y = Q, K, V, H: also S, and C at every BORDER-th tile but the first
+    forward     A, B, X, Y = Q, K, V, H: also n, S, and C at every BORDER-th tile but the first
     backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
+    SMALL: gl.constexpr = BK + BV == 128
+    N_REGISTERS: gl.constexpr = 24 if BACKWARD else (40 if SMALL else 64)
+    SCORES_REGISTERS: gl.constexpr = (96 if BACKWARD else 88) if SMALL else 112
     tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
     borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
     a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
@@ -717,14 +798,13 @@ def state_times_keys_kernel(
     r_smem = gl.allocate_shared_memory(gl.float32, [P_STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
     y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
-    P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
-    if BACKWARD:
-        n_smem: gl.constexpr = None
-    else:
-        n_smem = ring(n_desc, STAGES)
+    n_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 8, BK], swizzled)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2 if BACKWARD else 3)
+    P_full, P_empty, n_full = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1), new_barriers(STAGES, 1)
     fence_async_shared()
     decay_ptr += bh * NT
+    if n_ptr is not None:
+        n_ptr += bh * (NT + 1) * DQK
     if last_ptr is not None:
         last_ptr += bh * DQK * DHV
     border_ptr += bh * (borders - 1) * TILES * BV * BK
@@ -747,21 +827,28 @@ def state_times_keys_kernel(
             (
                 keys_scores_partition,
                 (
-                    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, P_full, P_empty, tile_v,
-                    first, count, T, BACKWARD, BLOCK, BK, STAGES, P_STAGES,
+                    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty,
+                    tile_v, first, count, T, BACKWARD, BLOCK, BK, STAGES, P_STAGES,
+                ),
+            ),
+            (
+                keys_normalizer_partition,
+                (
+                    b_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, first, count, N_KNOWN, BACKWARD,
+                    BLOCK, DQK, BK, STAGES,
                 ),
             ),
             (
                 load_partition,
                 (
-                    a_desc, b_desc, x_desc, None, n_desc, rows_desc, a_smem, b_smem, x_smem, None, n_smem, rows_smem,
-                    full, empty, batch, head_, bh.to(gl.int32), 0, 0, tile_v * BV, bh.to(gl.int32) * NT * 8, first,
-                    count, NT, BACKWARD, BLOCK, STAGES,
+                    a_desc, b_desc, x_desc, None, None, rows_desc, a_smem, b_smem, x_smem, None, None, rows_smem, full,
+                    empty, batch, head_, bh.to(gl.int32), 0, 0, tile_v * BV, 0, first, count, NT, BACKWARD, BLOCK,
+                    STAGES,
                 ),
             ),
         ],
-        [4, 1],
-        [112, 24],
+        [4, 2, 1],
+        [SCORES_REGISTERS, N_REGISTERS, N_REGISTERS],
     )  # fmt: skip
 
 
@@ -1193,8 +1280,8 @@ def dq_kernel(
                 ),
             ),
         ],
-        [4, 4, 1],
-        [192, 104, 24],
+        [4 if HALVES > 1 else 1, 4, 1],
+        [192 if HALVES > 1 else 24, 104, 24],
     )  # fmt: skip
 
 
@@ -1205,7 +1292,7 @@ def dq_kernel(
 def dk_state_partition(
     dk_desc, k_dk_ptr, decay_ptr, first_ptr,
     v_smem, q_smem, dh_smem, k_smem, dn_smem, rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full,
-    P_empty, batch, head_, first_k, first, count, T,
+    P_empty, dn_full, batch, head_, first_k, first, count, T,
     BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -1229,8 +1316,8 @@ def dk_state_partition(
 
         y = warpgroup_mma(v, dC_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
         dC = warpgroup_mma(dh.permute((1, 0)), weighted_smem, dC, is_async=True)
-        dn = dn_smem.index(stage)._reinterpret(gl.float32, [1, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(0)
-        dn = dn.load(gl.SliceLayout(0, layout))[None, :]
+        mbarrier.wait(dn_full.index(stage), number // STAGES & 1)
+        dn = dn_smem.index(stage).load(gl.SliceLayout(0, layout))[None, :]
         mbarrier.wait(P_full.index(0), number & 1)
         y = (warpgroup_mma_wait(1, deps=[y]) + dn) * read
         k_y = k.load(layout).to(gl.float32) * y
@@ -1276,9 +1363,9 @@ def dk_scores_partition(
 
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def dk_kernel(
-    v_desc, q_desc, dh_desc, k_desc, dk_desc, dn_desc, rows_desc, k_dk_tile_ptr, k_dk_state_ptr, decay_ptr, first_ptr,
-    T, NT, NH, BH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
-    BV: gl.constexpr, STAGES: gl.constexpr,
+    v_desc, q_desc, dh_desc, k_desc, dk_desc, rows_desc, dn_ptr, k_dk_tile_ptr, k_dk_state_ptr, decay_ptr, first_ptr,
+    T, NT, NH, BH, SPAN, DN_KNOWN: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
+    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK = w_end * (V dC^T + dn) + P Q, P = (V dH^T + delta) * Wr^T, for BK columns.
 
@@ -1289,16 +1376,17 @@ def dk_kernel(
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
     spans = (NT + SPAN - 1) // SPAN
     v_smem, q_smem, dh_smem = ring(v_desc, STAGES), ring(q_desc, STAGES), ring(dh_desc, STAGES)
-    k_smem, dn_smem, rows_smem = ring(k_desc, STAGES), ring(dn_desc, STAGES), ring(rows_desc, STAGES)
+    k_smem, rows_smem = ring(k_desc, STAGES), ring(rows_desc, STAGES)
+    dn_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
     weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
     dC_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
     dk_smem = gl.allocate_shared_memory(gl.bfloat16, dk_desc.block_type.shape, dk_desc.layout)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
-    P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
+    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 3)
+    P_full, P_empty, dn_full = new_barriers(1, 1), new_barriers(1, 1), new_barriers(STAGES, 1)
     fence_async_shared()
-    decay_ptr += bh * NT
+    decay_ptr, dn_ptr = decay_ptr + bh * NT, dn_ptr + bh * (NT + 1) * DQK
     if first_ptr is not None:
         first_ptr += (bh * spans + first // SPAN) * DQK * DHV
     k_dk_tile_ptr, k_dk_state_ptr = k_dk_tile_ptr + (tile_k * BH + bh) * T, k_dk_state_ptr + (tile_k * BH + bh) * T
@@ -1308,8 +1396,8 @@ def dk_kernel(
                 dk_state_partition,
                 (
                     dk_desc, k_dk_state_ptr, decay_ptr, first_ptr, v_smem, q_smem, dh_smem, k_smem, dn_smem,
-                    rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full, P_empty, batch, head_,
-                    tile_k * BK, first, count, T, BLOCK, DQK, DHV, BK, BV, STAGES,
+                    rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full, P_empty, dn_full, batch,
+                    head_, tile_k * BK, first, count, T, BLOCK, DQK, DHV, BK, BV, STAGES,
                 ),
             ),
             (
@@ -1320,16 +1408,23 @@ def dk_kernel(
                 ),
             ),
             (
+                normalizer_partition,
+                (
+                    q_smem, dn_smem, rows_smem, dn_ptr, decay_ptr, full, empty, dn_full, tile_k * BK, first, count,
+                    DN_KNOWN, True, BLOCK, DQK, BK, STAGES,
+                ),
+            ),
+            (
                 load_partition,
                 (
-                    v_desc, q_desc, dh_desc, k_desc, dn_desc, rows_desc, v_smem, q_smem, dh_smem, k_smem, dn_smem,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), 0, tile_k * BK, 0,
-                    bh.to(gl.int32) * (NT + 1) + 1, first, count, NT, True, BLOCK, STAGES,
+                    v_desc, q_desc, dh_desc, k_desc, None, rows_desc, v_smem, q_smem, dh_smem, k_smem, None, rows_smem,
+                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_k * BK, 0, 0, first, count, NT, True, BLOCK,
+                    STAGES,
                 ),
             ),
         ],
-        [4, 1],
-        [136, 24],
+        [4, 2, 1],
+        [136, 104, 104],
     )  # fmt: skip
 
 
@@ -1566,7 +1661,6 @@ def dgates_kernel(
 # A launch takes the CPU about as long as the smallest kernels take the GPU, so a few things here are done once, or
 # without the functions that Triton has for them: layouts, descriptors, rounding up.
 STEPS_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-PARTS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 ROWS_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)
 
 
@@ -1585,9 +1679,10 @@ def describe(x: Tensor, columns: int) -> TensorDescriptor:
 
 
 def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
-    """x (.., D), some rows at a time: numbers in float32 as they are, parts of n in bfloat16 for the matrix unit."""
-    layout = ROWS_LAYOUT if x.dtype == torch.float32 else PARTS_LAYOUT
-    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], layout)
+    """x (.., D) in float32, some rows at a time."""
+    return TensorDescriptor(
+        x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], ROWS_LAYOUT
+    )
 
 
 def copy_engine_reads(x: Tensor) -> bool:
@@ -1601,12 +1696,21 @@ def is_wide(DQK: int, DHV: int) -> bool:
     return DQK > 128 or DHV > 256
 
 
+# Registers of each thread, on average, with which two programs of small heads fit into a multiprocessor: while one of
+# them starts or ends, the other goes on.
+HALF = 80
+
+
 def keys_options(DQK: int, DHV: int) -> dict:
-    """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers."""
-    wide = DHV > 64
+    """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers.
+
+    Of the smallest tiles, two programs share the multiprocessor's memory, too.
+    """
+    BK, BV = 128 if DQK > 64 else 64, 128 if DHV > 64 else 64
+    small = max(BK, BV) == 64
     return {
-        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": 128 if DQK > 64 else 64,
-        "BV": 128 if wide else 64, "STAGES": 3, "P_STAGES": 2, "num_warps": 8 if wide else 4,
+        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": BK, "BV": BV, "STAGES": 3,
+        "P_STAGES": 1 if small else 2, "num_warps": BV // 16, "maxnreg": HALF if small else None,
     }  # fmt: skip
 
 
@@ -1639,8 +1743,8 @@ def values_options(DQK: int, DHV: int) -> dict:
 
 
 def dq_options(DQK: int, DHV: int) -> dict:
-    """Tiles of dq_kernel: 64 rows and all columns of the state to a warpgroup. No more stages fit here either."""
-    return values_options(DQK, DHV) | {"BK": 128 if DQK > 64 else 64}
+    """Tiles of dq_kernel: 64 rows and all columns of the state to a warpgroup."""
+    return values_options(DQK, DHV) | {"BK": 128 if DQK > 64 else 64, "maxnreg": HALF if max(DQK, DHV) <= 64 else None}
 
 
 def tiles_at_once(NT: int) -> int:
@@ -1697,6 +1801,23 @@ def with_normalizer(rows: Tensor, S: Tensor, T: int, NT: int, assume_norm: bool)
     new, groups = torch.empty_like(rows), ceil_div(NT, 8) * S.shape[0] * S.shape[1]
     rows_backward_kernel[(groups,)](rows, S, new, T, NT, assume_norm, BLOCK, 8, num_warps=4)
     return new
+
+
+def find_vectors(
+    k: Tensor, rows: Tensor, decay: Tensor, first: Tensor | None, n: Tensor, *, everywhere: bool, backward: bool
+) -> None:
+    """n, or backward, of q, its gradient, where the tiles border; or only where it starts: a walk finds the others."""
+    (B, NH, T, DQK), NT = k.shape, n.shape[2] - 1
+    if not everywhere:
+        n[:, :, NT if backward else 0] = 0 if first is None else first
+        return
+    x = torch.empty(B, NH, NT, DQK, dtype=torch.float32, device=k.device)
+    sums_kernel[(NT * B * NH,)](
+        k, rows, x, *k.stride()[:3], T, NT, NH, DQK, backward, BLOCK, power_of_2(DQK), num_warps=2
+    )
+    vectors_kernel[(ceil_div(DQK, 16) * B * NH,)](
+        x, decay, first, n, NT, DQK, backward, tiles_at_once(NT), 16, num_warps=4
+    )
 
 
 def walk_along_keys(
@@ -1767,19 +1888,15 @@ def launch_forward(
     C_T = empty(B, NH, DQK, DHV) if return_state else None
     rows, decay, n, S, borders, P = saved
     g, a = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64)
-    m, x, n_parts = empty(B, NH, NT + 1), empty(B, NH, NT, DQK), empty(BH * NT * 8, DQK, dtype=torch.bfloat16)
+    m = empty(B, NH, NT + 1)
     gates, groups = (*i.stride(), *f.stride()), ceil_div(NT, 8) * BH
     summary_kernel[(groups,)](i, f, g, a, *gates, T, NT, NH, BLOCK, 8, num_warps=4)
     stabilizers_kernel[(BH,)](g, a, state[2], m, NT, 64, num_warps=1)
-    rows_kernel[(groups,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=4)
-    BLOCK_DQK = power_of_2(DQK)
-    sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, BLOCK_DQK, num_warps=2)
-    vectors_kernel[(ceil_div(DQK, 16) * BH,)](
-        x, decay, state[1], n, n_parts, NT, DQK, False, tiles_at_once(NT), 16, num_warps=4
-    )
+    rows_kernel[(groups,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 8, num_warps=8)
 
     tiles = ceil_div(DHV, keys_tile(DQK, DHV)[0])
     SPAN = span_of(q, NT, tiles)
+    find_vectors(k, rows, decay, state[1], n, everywhere=is_wide(DQK, DHV) or SPAN < NT, backward=False)
     starts = starts_of_spans(k, v, rows, decay, state[0], SPAN, backward=False)
     if is_wide(DQK, DHV):
         scores_tile_kernel[(NT * BH,)](
@@ -1792,8 +1909,8 @@ def launch_forward(
         o = keys_options(DQK, DHV)
         keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
         state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
-            keys(q), keys(k), values(v), values(h), describe_rows(n_parts, 8, o["BK"]), describe_rows(rows, 8, BLOCK),
-            decay, starts, C_T, S, borders, None, T, NT, NH, BH, SPAN, BACKWARD=False, **o,
+            keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK),
+            decay, starts, C_T, n, S, borders, None, T, NT, NH, BH, SPAN, SPAN < NT, BACKWARD=False, **o,
         )  # fmt: skip
     final = (C_T, n[:, :, -1].clone(), m[:, :, -1].clone()) if return_state else _no_state(q)
     return h, *final, *saved
@@ -1833,8 +1950,8 @@ def launch_backward(
         o = keys_options(DQK, DHV)
         keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
         state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
-            keys(k), keys(q), values(dh), values(dv), None, describe_rows(rows, 8, BLOCK), decay, ends, dC_0, None,
-            borders, carry, T, NT, NH, BH, SPAN, BACKWARD=True, **o,
+            keys(k), keys(q), values(dh), values(dv), describe_rows(rows, 8, BLOCK), decay, ends, dC_0, None, None,
+            borders, carry, T, NT, NH, BH, SPAN, False, BACKWARD=True, **o,
         )  # fmt: skip
 
     # dq and delta
@@ -1863,12 +1980,8 @@ def launch_backward(
         )  # fmt: skip
 
     # dn and dk
-    x, dn, BLOCK_DQK = empty(B, NH, NT, DQK), torch.empty_like(n), power_of_2(DQK)
-    sums_kernel[(NT * BH,)](q, rows, x, *q.stride()[:3], T, NT, NH, DQK, True, BLOCK, BLOCK_DQK, num_warps=2)
-    dn_T = None if dn_T is None else dn_T.contiguous()
-    vectors_kernel[(ceil_div(DQK, 16) * BH,)](
-        x, decay, dn_T, dn, None, NT, DQK, True, tiles_at_once(NT), 16, num_warps=4
-    )
+    dn, dn_T = torch.empty_like(n), None if dn_T is None else dn_T.contiguous()
+    find_vectors(q, rows, decay, dn_T, dn, everywhere=wide or SPAN < NT, backward=True)
     if wide:
         tiles_k = 1
         k_dk_tile, k_dk_state = empty(2, tiles_k, B, NH, T)
@@ -1883,8 +1996,8 @@ def launch_backward(
         tiles_k = ceil_div(DQK, p["BK"])
         k_dk_tile, k_dk_state = empty(2, tiles_k, B, NH, T)
         dk_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
-            v_, describe(q, p["BK"]), dh_, describe(k, p["BK"]), describe(dk, p["BK"]), describe_rows(dn, 1, p["BK"]),
-            rows_, k_dk_tile, k_dk_state, decay, ends, T, NT, NH, BH, SPAN, **p,
+            v_, describe(q, p["BK"]), dh_, describe(k, p["BK"]), describe(dk, p["BK"]), rows_, dn,
+            k_dk_tile, k_dk_state, decay, ends, T, NT, NH, BH, SPAN, SPAN < NT, **p,
         )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.
@@ -1911,7 +2024,7 @@ def launch_backward(
     dgates_kernel[(ceil_div(NT, BORDER) * BH,)](
         f, decay, n, dn, q_dq, k_dk_tile, k_dk_state, carry, di_rest, df_bar_rest, di, df,
         *f.stride(), *di.stride(), *df.stride(),
-        T, NT, NH, BH, DQK, tiles_k, parts_v, BORDER, BLOCK, BLOCK_DQK, num_warps=4,
+        T, NT, NH, BH, DQK, tiles_k, parts_v, BORDER, BLOCK, power_of_2(DQK), num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, di, df, *dstate
 

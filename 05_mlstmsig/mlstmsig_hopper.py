@@ -510,7 +510,7 @@ def state_times_keys_kernel(
             ),
         ],
         [4, 1],
-        [112, 24],
+        [96 if BK + BV == 128 else 112, 24],
     )  # fmt: skip
 
 
@@ -1059,7 +1059,6 @@ def dgates_kernel(
 # A launch takes the CPU about as long as the smallest kernels take the GPU, so a few things here are done once, or
 # without the functions that Triton has for them: layouts, descriptors, rounding up.
 STEPS_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-PARTS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 ROWS_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)
 
 
@@ -1082,9 +1081,10 @@ def describe(x: Tensor, columns: int) -> TensorDescriptor:
 
 # same as 04_tfla_triton/mlstm_hopper.py::describe_rows
 def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
-    """x (.., D), some rows at a time: numbers in float32 as they are, parts of n in bfloat16 for the matrix unit."""
-    layout = ROWS_LAYOUT if x.dtype == torch.float32 else PARTS_LAYOUT
-    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], layout)
+    """x (.., D) in float32, some rows at a time."""
+    return TensorDescriptor(
+        x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], ROWS_LAYOUT
+    )
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::copy_engine_reads
@@ -1100,13 +1100,22 @@ def is_wide(DQK: int, DHV: int) -> bool:
     return DQK > 128 or DHV > 256
 
 
+# Registers of each thread, on average, with which two programs of small heads fit into a multiprocessor: while one of
+# them starts or ends, the other goes on.
+HALF = 80
+
+
 # same as 04_tfla_triton/mlstm_hopper.py::keys_options
 def keys_options(DQK: int, DHV: int) -> dict:
-    """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers."""
-    wide = DHV > 64
+    """Tiles and warps of state_times_keys_kernel. The state takes half of a program's registers.
+
+    Of the smallest tiles, two programs share the multiprocessor's memory, too.
+    """
+    BK, BV = 128 if DQK > 64 else 64, 128 if DHV > 64 else 64
+    small = max(BK, BV) == 64
     return {
-        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": 128 if DQK > 64 else 64,
-        "BV": 128 if wide else 64, "STAGES": 3, "P_STAGES": 2, "num_warps": 8 if wide else 4,
+        "BLOCK": BLOCK, "BORDER": BORDER, "DQK": DQK, "DHV": DHV, "BK": BK, "BV": BV, "STAGES": 3,
+        "P_STAGES": 1 if small else 2, "num_warps": BV // 16, "maxnreg": HALF if small else None,
     }  # fmt: skip
 
 

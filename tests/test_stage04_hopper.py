@@ -74,6 +74,20 @@ def test_few_sequences_are_cut_into_spans(T, DQK, DHV, with_state):
 
 
 @ON_HOPPER
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("regime", ["typical", "resets", "padding"])
+@pytest.mark.parametrize(("DQK", "DHV"), [(64, 64), (72, 104), (128, 256), (256, 512)])
+def test_many_sequences_are_walked_whole(DQK, DHV, regime, with_state):
+    """Here the walks find n and dn themselves, from the states at the ends of the sequences on."""
+    B, NH, T = 2, 70, 1100
+    tiles = -(-T // stage.BLOCK)
+    assert stage.span_of(torch.empty(B, NH, T, DQK, device=DEVICE), tiles, 1) == tiles
+    properties.compare_with_chunkwise(
+        mlstm_hopper, B, NH, T, DQK, DHV, dtype=BFLOAT16, regime=regime, with_state=with_state
+    )
+
+
+@ON_HOPPER
 def test_the_normalizer_gradient_left_out():
     """With a norm behind it, the gradients that assume_norm gives are the exact ones."""
     inputs, dh, *_ = make(1, 2, 300, 64, 64, with_state=False)
@@ -187,17 +201,12 @@ def test_passes_around_the_walks(regime, with_state):
     # forward
     g, a, m = empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT, dtype=torch.float64), empty(B, NH, NT + 1)
     x, n, decay, rows = empty(B, NH, NT, DQK), empty(B, NH, NT + 1, DQK), empty(B, NH, NT), empty(BH * NT * 8, BLOCK)
-    parts = empty(BH * NT * 8, DQK, dtype=torch.float32 if INTERPRETED else torch.bfloat16)
     gates = (*i.stride(), *f.stride())
     stage.summary_kernel[(-(-NT // 4) * BH,)](i, f, g, a, *gates, T, NT, NH, BLOCK, 4)
     stage.stabilizers_kernel[(BH,)](g, a, m_0, m, NT, 4)
     stage.rows_kernel[(-(-NT // 4) * BH,)](i, f, m, rows, decay, *gates, T, NT, NH, DQK**-0.5, BLOCK, 4)
     stage.sums_kernel[(NT * BH,)](k, rows, x, *k.stride()[:3], T, NT, NH, DQK, False, BLOCK, 8)
-    stage.vectors_kernel[(BH,)](x, decay, n_0, n, parts, NT, DQK, False, 4, 8)
-    if not INTERPRETED:  # the interpreter cannot round to bfloat16
-        n_again = parts.view(B, NH, NT, 8, DQK).double()
-        torch.testing.assert_close(n_again[..., :3, :].sum(3), n[:, :, :-1].double(), rtol=1e-7, atol=1e-30)
-        assert (n_again[..., 3:, :] == 0).all()
+    stage.vectors_kernel[(BH,)](x, decay, n_0, n, NT, DQK, False, 4, 8)
     q, k, v, dh_ = (in_tiles(y, NT) for y in (*inputs[:3], dh))
     W, w_read, w_end, floor = unpack(rows, B, NH, NT)
     C = [torch.zeros(B, NH, DQK, DHV, dtype=torch.float64, device=DEVICE) if C_0 is None else C_0.double()]
@@ -221,7 +230,7 @@ def test_passes_around_the_walks(regime, with_state):
     new_rows.view(B, NH, NT, 8, BLOCK)[:, :, :, 7] = delta
     stage.sums_kernel[(NT * BH,)](inputs.q, new_rows, x, *inputs.q.stride()[:3], T, NT, NH, DQK, True, BLOCK, 8)
     dn = torch.empty_like(n)
-    stage.vectors_kernel[(BH,)](x, decay, dn_T, dn, None, NT, DQK, True, 4, 8)
+    stage.vectors_kernel[(BH,)](x, decay, dn_T, dn, NT, DQK, True, 4, 8)
     dC = [torch.zeros_like(C[:, :, 0]) if dC_T is None else dC_T.double()]
     for c in reversed(range(NT)):
         dC.insert(0, decay[:, :, c, None, None] * dC[0] + (w_read[:, :, c, :, None] * q[:, :, c]).mT @ dh_[:, :, c])
@@ -446,10 +455,9 @@ def test_compiles_ahead_of_time():
     rows = properties.compile_ahead_of_time("sm_90", "stage04_hopper_aot.json", "mlstm_hopper", witness="bfloat16")
     assert {row["kernel"] for row in rows} == {name for name in vars(stage) if name.endswith("_kernel")}
     # Where as much of C is kept as there are registers, a few numbers of a tile go by way of the stack.
-    spilled = {row["kernel"]: row["stack"] for row in rows if row["stack"] > 0}
-    assert set(spilled) == {"dq_kernel", "walk_kernel"}
-    assert max(row["stack"] for row in rows if row["kernel"] == "walk_kernel") <= 48
-    assert max(row["stack"] for row in rows) <= 160
+    most = {name: max(row["stack"] for row in rows if row["kernel"] == name) for name in {r["kernel"] for r in rows}}
+    allowed = {"dq_kernel": 160, "state_times_keys_kernel": 80, "walk_kernel": 48}
+    assert all(stack <= allowed.get(name, 0) for name, stack in most.items()), most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,6 +468,8 @@ def suite(module) -> None:
         properties.compare_with_chunkwise(
             module.mlstm_hopper, 1, 2, 1100, 72, 104, dtype=BFLOAT16, regime=regime, shift_f=shift_f
         )
+    # So many that no sequence is cut into spans: the walks find n and dn.
+    properties.compare_with_chunkwise(module.mlstm_hopper, 1, 140, 300, 72, 104, dtype=BFLOAT16)
 
 
 def suite_of_wide_heads(module) -> None:
@@ -483,6 +493,10 @@ MUTANTS = [
     ("exponent + rest, -float", "exponent, -float"),
     ("read = read * r_smem", "read = read + 0.0 * r_smem"),
     ("P = P * r[:, None]", "P = P"),
+    ("S = gl.convert_layout(gl.sum(q_n, axis=1), vector)", "S = 0.0 * gl.convert_layout(gl.sum(q_n, axis=1), vector)"),
+    ("n = n * decay + gl.sum(total, axis=0)", "n = n + gl.sum(total, axis=0)"),
+    ("decay = gl.load(decay_ptr + next_tile)", "decay = gl.load(decay_ptr + tile)"),
+    ("n = gl.load(border, mask=mask, other=0.0)", "n += gl.load(border, mask=mask, other=0.0)"),
     ("P_smem.index(P_stage).permute((1, 0)), y * read,", "P_smem.index(P_stage).permute((1, 0)), y,"),
     ("(warpgroup_mma_wait(1, deps=[y]) + dn) * read", "warpgroup_mma_wait(1, deps=[y]) * read"),
     # the normalizer's gradient
@@ -493,6 +507,7 @@ MUTANTS = [
     ("q_y += q_y_smem.index(1).load(vector)", "q_y += 0.0 * q_y_smem.index(1).load(vector)"),
     ("tl.where(S > 0, -1.0, 1.0)", "-1.0"),
     ("w = tl.load(rows_ptr + 5 * BLOCK) * tl.load(rows_ptr + 7 * BLOCK)", "w = 0.0 * tl.load(rows_ptr + 7 * BLOCK)"),
+    ("weight = weight * rows.index(7)", "weight = weight + 0.0 * rows.index(7)"),
     # states, and one tile's decay where the next one's belongs
     ("decay = gl.load(decay_ptr + gl.minimum(tile + 1, first + count - 1))", "decay = gl.load(decay_ptr + tile)"),
     ("decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))",
