@@ -1934,7 +1934,7 @@ def launch_backward(
 
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
-    dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
+    dC_0, wide = None if C_0 is None else empty(B, NH, DQK, DHV), is_wide(DQK, DHV)
     rows = with_normalizer(rows, S, T, NT, assume_norm)
 
     # dv, with <C, dC> at the borders
@@ -1942,9 +1942,9 @@ def launch_backward(
     tiles_v = ceil_div(DHV, BV)
     SPAN = span_of(q, NT, tiles_v)
     ends = starts_of_spans(q, dh, rows, decay, dC_T, SPAN, backward=True)
-    parts_v = tiles_v * (BV // 64 if is_wide(DQK, DHV) else 1)
+    parts_v = tiles_v * (BV // 64 if wide else 1)
     carry = empty(parts_v, B, NH, borders.shape[2] + 2)
-    if is_wide(DQK, DHV):
+    if wide:
         walk_along_keys(k, q, dh, dv, P, rows, decay, ends, dC_0, borders, carry, SPAN, backward=True)
     else:
         o = keys_options(DQK, DHV)
@@ -1955,10 +1955,9 @@ def launch_backward(
         )  # fmt: skip
 
     # dq and delta
-    wide, starts = is_wide(DQK, DHV), C_0
     p = walk_options(DQK, DHV, DQK, DHV) if wide else dq_options(DQK, DHV)
-    tiles_k = ceil_div(DQK, p["BR"]) * ceil_div(DHV, p["BC"]) if wide else 1
-    SPAN_DQ = span_of(q, NT, tiles_k, BORDER)
+    tiles = ceil_div(DQK, p["BR"]) * ceil_div(DHV, p["BC"]) if wide else 1
+    starts, SPAN_DQ = C_0, span_of(q, NT, tiles, BORDER)
     if SPAN_DQ < NT:  # the states that the spans start from are among those at the borders
         starts = empty(B, NH, ceil_div(NT, SPAN_DQ), DQK, DHV)
         starts[:, :, 0] = 0 if C_0 is None else C_0

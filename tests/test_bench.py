@@ -471,6 +471,19 @@ def test_the_report_fills_the_readme_between_its_marks(fake_kernels, tmp_path, c
     assert "must contain the lines" in capsys.readouterr().err
 
 
+def test_times_that_differ_from_call_to_call_are_remarked_upon():
+    row = {"pass": "train", "kernel": "mlstm_tfla", "T": 1024, "heads": 2, "d_qk": 8, "d_hv": 16}
+    row |= {"forward_ms": 1.0, "forward_spread_ms": 0.3, "forward_backward_ms": 4.0, "forward_backward_spread_ms": 0.1}
+    assert bench_report.unsteady(row | {"kernels_ms": {"h": 0.75, "dq": 2.5}}) == (
+        "- mlstm_tfla (04), 2 × (8, 16), T = 1,024: the quartiles of the times lie 0.30 / 0.10 ms apart; "
+        "the kernels of forward + backward alone take 3.25 ms together."
+    )
+    del row["forward_backward_ms"], row["forward_backward_spread_ms"]
+    assert bench_report.unsteady(row).endswith("lie 0.30 / 0.00 ms apart.")
+    assert bench_report.unsteady(row | {"forward_spread_ms": 0.1}) == ""
+    assert bench_report.unsteady({"kernel": "mlstm_tfla", "problem": "not installed"}) == ""
+
+
 def test_readme_and_figures_are_those_of_the_committed_result(tmp_path):
     """Without a result there is no section and there are no figures."""
     result = json.loads(bench_report.RESULT.read_text()) if bench_report.RESULT.exists() else None

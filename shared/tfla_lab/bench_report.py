@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 START, END = "<!-- python -m tfla_lab.bench_report writes from here -->", "<!-- to here -->"
 SHOWN = (512, 2048, 8192, 32_768, 65_536)  # lengths in the table
 HEADLINE = 8192
+UNSTEADY = 0.2  # share of a time from which on its spread is remarked upon
 # key in a row: (file name, label of the axis)
 FIGURES = {
     "forward_ms": ("bench_forward.svg", "forward (ms)"),
@@ -172,6 +173,23 @@ def steps_table(result: dict) -> str:
     return table_over(result, "decode", STEPS, "{step_us:.1f}", "step", "batch {}")
 
 
+def unsteady(row: dict) -> str:
+    """What to know of a row whose times differ much from call to call; else nothing."""
+    spreads = [row.get(f"{key}_spread_ms", 0.0) for key in ("forward", "forward_backward")]
+    if row.get("pass") != "train" or not any(
+        spread > UNSTEADY * row[f"{key}_ms"]
+        for spread, key in zip(spreads, ("forward", "forward_backward"), strict=True)
+        if spread
+    ):
+        return ""
+    shape = f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})"
+    words = f"- {KERNELS[row['kernel']].title}, {shape}, T = {row['T']:,}: the quartiles of the times lie "
+    words += " / ".join(f"{spread:.2f}" for spread in spreads) + " ms apart"
+    if "kernels_ms" in row:
+        words += f"; the kernels of forward + backward alone take {sum(row['kernels_ms'].values()):.2f} ms together"
+    return words + "."
+
+
 def remarks(result: dict) -> str:
     """What a reader should know of each kernel, and everything that has no number."""
     lines = [f"- {k.title}: {k.note}." for k in KERNELS.values() if k.note and rows_of(result, "train", k.name)]
@@ -180,6 +198,7 @@ def remarks(result: dict) -> str:
     ]
     if absent:
         lines.append(f"- Not measured in this run: {', '.join(absent)}. Nor what has an empty cell.")
+    lines += filter(None, map(unsteady, result["rows"]))
     found = collections.defaultdict(list)
     for row in result["rows"]:
         if said(row):
