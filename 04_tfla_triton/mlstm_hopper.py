@@ -147,7 +147,7 @@ def one_after_the_other(a_1, b_1, a_2, b_2):
 
 @triton.jit
 def log_sigmoid(f):
-    """In float32, to its last digits: log(1 + x) = 2 artanh(z), z = x / (2 + x) <= 1/3, by its series."""
+    """In float32, to 1e-6 of itself: log(1 + x) = 2 artanh(z), z = x / (2 + x) <= 1/3, by its series."""
     x = tl.exp(-tl.abs(f))
     z = x / (2.0 + x)
     square, series = z * z, 1.0 / 15.0
@@ -409,7 +409,7 @@ def starts_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the walks share. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
-# exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
+# exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers, and "n_full" that of n beside each.
 # ---------------------------------------------------------------------------------------------------------------------
 @gluon.jit
 def tile_at(n, first, count, BACKWARD: gl.constexpr):
@@ -589,7 +589,8 @@ def normalizer_partition(
 
     forward     n <- decay n + sum of w_end k, of B = K; the scores' warps need it
     backward    dn <- decay dn + sum of w_read delta q, of B = Q; the state's warps need it
-    n_ptr: n at all tile borders of the head. KNOWN: it is there; otherwise where the sequence starts.
+    n_ptr: n at all tile borders of the head. If it is not KNOWN, it is there only where the sequence begins (backward:
+    ends), and is written everywhere else.
     """
     SOME: gl.constexpr = 16  # steps at a time, to need fewer registers
     # All steps of a column are one thread's: nothing is summed up across threads.
@@ -700,8 +701,8 @@ def keys_state_partition(
     SIZE: gl.constexpr = (DHV + BV - 1) // BV * BV * BK  # of the state with the zeros that fill its tiles
     decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
     if first_ptr is None:
-        # No decay is above 1, so this adds 0. But where C is known to be 0, ptxas of Triton 3.6 may die of it.
-        C += gl.where(decay > 2.0, v * 1.0 + k * 1.0, 0.0)
+        # No decay is negative, so this adds 0. But where C is known to be 0, ptxas of Triton 3.6 may die of it.
+        C += gl.where(decay < 0.0, v * 1.0 + k * 1.0, 0.0)
     for number in range(count):
         stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
         border = (tile // BORDER - 1) * SIZE + v * BK + k
@@ -1369,8 +1370,8 @@ def dk_kernel(
 ):  # fmt: skip
     """dK = w_end * (V dC^T + dn) + P Q, P = (V dH^T + delta) * Wr^T, for BK columns.
 
-    Grid: (tiles of DQK) * spans * B * NH. Also, for the gates, k . dk in two parts: the tile's, which are the row sums
-    of P * K Q^T, and the state's.
+    Grid: (tiles of DQK) * spans * B * NH. Also dn; and for the gates k . dk in two parts: the tile's, which are the row
+    sums of P * K Q^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
     tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
@@ -1806,7 +1807,7 @@ def with_normalizer(rows: Tensor, S: Tensor, T: int, NT: int, assume_norm: bool)
 def find_vectors(
     k: Tensor, rows: Tensor, decay: Tensor, first: Tensor | None, n: Tensor, *, everywhere: bool, backward: bool
 ) -> None:
-    """n, or backward, of q, its gradient, where the tiles border; or only where it starts: a walk finds the others."""
+    """n where tiles border, or, backward, dn, with q for k; or only where the walk starts, which finds the others."""
     (B, NH, T, DQK), NT = k.shape, n.shape[2] - 1
     if not everywhere:
         n[:, :, NT if backward else 0] = 0 if first is None else first

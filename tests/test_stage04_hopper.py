@@ -88,6 +88,23 @@ def test_many_sequences_are_walked_whole(DQK, DHV, regime, with_state):
 
 
 @ON_HOPPER
+def test_a_decay_above_1():
+    """m has the digits of float32: after an enormous gate, decays are off by its rounding, h and dv are not.
+
+    Behind such a gate, h is v of its step, with the sign of q . k.
+    """
+    inputs, dh, *_ = make(2, 70, 192, 64, 64, with_state=False)
+    inputs.i[..., 0] = 2e7
+    actual = run_torch(mlstm_hopper, inputs, dh)
+    sign = (inputs.q.double() @ inputs.k[..., :1, :].double().mT).sign()
+    h = sign * inputs.v[..., :1, :].double()
+    dv = torch.zeros_like(h)
+    dv[..., 0, :] = (sign * dh.double()).sum(dim=-2)
+    assert relative_error(actual["h"], h) < properties.budget("h", "bfloat16")
+    assert relative_error(actual["dv"], dv) < properties.budget("dv", "bfloat16")
+
+
+@ON_HOPPER
 def test_the_normalizer_gradient_left_out():
     """With a norm behind it, the gradients that assume_norm gives are the exact ones."""
     inputs, dh, *_ = make(1, 2, 300, 64, 64, with_state=False)
@@ -337,7 +354,13 @@ def test_nan_in_a_gate_is_seen():
 
 
 @ON_HOPPER
-@pytest.mark.parametrize("sizes", [(2, 16, 100, 128, 256), (2, 16, 4096, 128, 256), (2, 8, 2048, 256, 512)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 16, 100, 128, 256), (2, 16, 4096, 128, 256), (2, 8, 2048, 256, 512),
+        (2, 70, 1100, 128, 256), (2, 70, 1100, 64, 64),  # whole sequences: the walks find n and dn
+    ],
+)  # fmt: skip
 def test_twenty_runs_give_the_same_bits(sizes):
     """Warps that wait for each other would show here if one did not wait long enough."""
     properties.the_same_call_gives_the_same_bits(mlstm_hopper, BFLOAT16, sizes=sizes)
