@@ -171,6 +171,26 @@ def test_the_plan_has_everything_once_at_constant_tokens():
     assert {t["kernel"] for t in tasks if t["pass"] == "decode"} == set(bench.STEPS)
 
 
+def test_processes_share_what_autotuning_compiles(monkeypatch):
+    """Each compiles some, together all of them; and none is left with nothing to run."""
+    import triton
+    from triton.runtime.autotuner import Autotuner
+
+    monkeypatch.setattr(triton.testing, "do_bench", triton.testing.do_bench)  # to be put back, and what follows
+    everything = Autotuner.prune_configs
+    tuner = object.__new__(Autotuner)
+    tuner.early_config_prune = tuner.perf_model = None
+    for number in (1, 4, 6, 40):
+        tuner.configs, found = list(range(number)), []
+        for share in range(bench.SHARES):
+            monkeypatch.setattr(Autotuner, "prune_configs", everything)
+            bench.shorten_autotuning.__wrapped__(once=True, share=share)
+            found.append(tuner.prune_configs({}))
+        assert all(found)
+        assert set().union(*found) == set(tuner.configs)
+        assert max(map(len, found)) == -(-number // bench.SHARES)
+
+
 def test_results_of_another_machine_or_commit_are_not_mixed_in(monkeypatch, tmp_path):
     path = tmp_path / "result.json"
     here = bench.open_result(path)

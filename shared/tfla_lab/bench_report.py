@@ -101,26 +101,26 @@ def main_table(result: dict) -> str:
     return markdown(head, lines)
 
 
+def over_lengths(result: dict, kind: str, shape: tuple[int, int, int], head: str) -> str:
+    """All kernels that have rows of a kind at a shape, over the lengths at which the mLSTM has some."""
+    found = {name: rows for name in KERNELS if (rows := rows_of(result, kind, name, shape))}
+    lengths = sorted({T for name, rows in found.items() if not KERNELS[name].attention for T in rows})
+    lines = [[title(name), *(cell(rows.get(T)) for T in lengths)] for name, rows in found.items()]
+    return markdown([head, *(f"T = {T:,}" for T in lengths)], lines)
+
+
 def shapes_tables(result: dict) -> str:
-    """A table for each of the other shapes, over the length."""
+    """A table for each of the other shapes."""
     ours = [row for row in result["rows"] if row.get("pass") == "train" and is_ours(row)]
-    tables = []
-    for shape in dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours):
-        if shape != MAIN:
-            found = {name: rows for name in KERNELS if (rows := rows_of(result, "train", name, shape))}
-            lengths = sorted({T for name, rows in found.items() if not KERNELS[name].attention for T in rows})
-            lines = [[title(name), *(cell(rows.get(T)) for T in lengths)] for name, rows in found.items()]
-            head = "{} heads of ({}, {})".format(*shape)
-            tables.append(markdown([head, *(f"T = {T:,}" for T in lengths)], lines))
-    return "\n\n".join(tables)
+    shapes = dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours)
+    return "\n\n".join(
+        over_lengths(result, "train", shape, "{} heads of ({}, {})".format(*shape)) for shape in shapes if shape != MAIN
+    )
 
 
 def remember_table(result: dict) -> str:
     """Our own kernels where next to nothing is forgotten."""
-    found = {name: rows for name in KERNELS if (rows := rows_of(result, "remember", name))}
-    lengths = sorted({T for rows in found.values() for T in rows})
-    lines = [[title(name), *(cell(rows.get(T)) for T in lengths)] for name, rows in found.items()]
-    return markdown(["kernel", *(f"T = {T:,}" for T in lengths)], lines)
+    return over_lengths(result, "remember", MAIN, "kernel")
 
 
 def table_over(result: dict, kind: str, names: Iterable[str], number: str, head: str, column: str) -> str:
@@ -175,16 +175,12 @@ def steps_table(result: dict) -> str:
 
 def unsteady(row: dict) -> str:
     """What to know of a row whose times differ much from call to call; else nothing."""
-    spreads = [row.get(f"{key}_spread_ms", 0.0) for key in ("forward", "forward_backward")]
-    if row.get("pass") != "train" or not any(
-        spread > UNSTEADY * row[f"{key}_ms"]
-        for spread, key in zip(spreads, ("forward", "forward_backward"), strict=True)
-        if spread
-    ):
+    times = [(row.get(f"{key}_spread_ms", 0.0), row.get(f"{key}_ms", 0.0)) for key in ("forward", "forward_backward")]
+    if row.get("pass") != "train" or not any(spread > UNSTEADY * time for spread, time in times):
         return ""
     shape = f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})"
     words = f"- {KERNELS[row['kernel']].title}, {shape}, T = {row['T']:,}: the quartiles of the times lie "
-    words += " / ".join(f"{spread:.2f}" for spread in spreads) + " ms apart"
+    words += " / ".join(f"{spread:.2f}" for spread, _ in times) + " ms apart"
     if "kernels_ms" in row:
         words += f"; the kernels of forward + backward alone take {sum(row['kernels_ms'].values()):.2f} ms together"
     return words + "."
