@@ -44,7 +44,7 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     m        stabilizers of the states where tiles begin and end     (B, NH, NT+1)
     n        the normalizer states                                   (B, NH, NT+1, DQK)
     decay    e^(g + m_{c-1} - m_c) of each tile                      (B, NH, NT)
-    rows     of each tile eight rows of 64 steps in float32          (B * NH * NT * 8, 64)
+    rows     of each tile eight rows of 64 steps in float32          (B, NH, NT * 8, 64)
              backward, and for h of wide heads, with r in it
                0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; with r in it: of s r e^(b_i - m_i)
                2, 3  u_j in base 2, in two parts
@@ -62,6 +62,8 @@ Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv
 
 Copy this file: it needs torch and triton, 3.6 or newer.
 """
+
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -408,59 +410,116 @@ def starts_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the walks share. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
-# exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers, and "n_full" that of n beside each.
+# What the walks share
 # ---------------------------------------------------------------------------------------------------------------------
-@gluon.jit
-def tile_at(n, first, count, BACKWARD: gl.constexpr):
-    """The tile that comes n-th in a span of `count` tiles."""
-    return first + (count - 1 - n) if BACKWARD else first + n
+# What all roles of a program know: it walks along `count` tiles of NT, from `first` on, in head `head` of sequence
+# `batch`, with its decays at decay_ptr. Tiles come into rings of buffers: here are the ring of their rows, and the
+# barriers "full" and "empty" of all rings. BACKWARD, a walk goes from the last tile to the first, and w_read and w_end
+# have exchanged their roles.
+Walk = namedtuple("Walk", "batch head first count NT decay_ptr rows full empty")
 
 
 @gluon.jit
-def tile_rows(rows_smem, stage, BLOCK: gl.constexpr):
-    """The rows in a buffer, each a vector in plain order."""
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(number):
+        mbarrier.init(barriers.index(index), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def ring(descriptor, STAGES: gl.constexpr):
+    return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
+
+
+@gluon.jit
+def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
+    """(tile of the head dimension, head of all heads, its sequence, its number there, span of all spans, its tiles)."""
+    spans = (NT + SPAN - 1) // SPAN
+    tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
+    bh, first = (program // spans).to(gl.int64), program % spans * SPAN
+    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
+    return tile, bh, batch, head_, program.to(gl.int64), first, gl.minimum(SPAN, NT - first)
+
+
+@gluon.jit
+def tile_at(walk, number, BACKWARD: gl.constexpr):
+    """The tile that comes number-th."""
+    return walk.first + (walk.count - 1 - number) if BACKWARD else walk.first + number
+
+
+@gluon.jit
+def next_decay(walk, number, BACKWARD: gl.constexpr):
+    """The decay of the tile behind the number-th one; behind the last tile, its own."""
+    return gl.load(walk.decay_ptr + tile_at(walk, gl.minimum(number + 1, walk.count - 1), BACKWARD))
+
+
+@gluon.jit
+def buffer(ring, number):
+    """What the number-th tile has in a ring, of buffers or of barriers."""
+    return ring.index(number % ring.shape[0])
+
+
+@gluon.jit
+def matrix(ring, number):
+    """Of q, k, v or the like, (steps x columns)."""
+    return buffer(ring, number).reshape([ring.shape[3], ring.shape[4]])
+
+
+@gluon.jit
+def rows_of(walk, number):
+    """Each a vector in plain order."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return rows_smem.index(stage)._reinterpret(gl.float32, [8, BLOCK], layout)
+    return buffer(walk.rows, number)._reinterpret(gl.float32, [walk.rows.shape[3], walk.rows.shape[4]], layout)
 
 
 @gluon.jit
-def load_partition(
-    a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem,
-    full, empty, batch, head_, bh, first_a, first_b, first_x, first_n, first, count, NT,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Fills the ring as fast as the other roles empty it. Past the end of the sequence there are zeros."""
-    a_size: gl.constexpr = 0 if a_desc is None else a_desc.block_type.nbytes
-    size: gl.constexpr = a_size + b_desc.block_type.nbytes + x_desc.block_type.nbytes
-    own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
-    n_size: gl.constexpr = 0 if n_desc is None else n_desc.block_type.nbytes
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        mbarrier.wait(empty.index(stage), (number // STAGES & 1) ^ 1)
-        barrier = full.index(stage)
-        mbarrier.expect(barrier, size + own_size + n_size + rows_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(rows_desc, [(bh * NT + tile) * 8, 0], barrier, rows_smem.index(stage))
-        if a_desc is not None:
-            tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, first_a], barrier, a_smem.index(stage))
-        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_b], barrier, b_smem.index(stage))
-        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_x], barrier, x_smem.index(stage))
-        if own_desc is not None:
-            tma.async_copy_global_to_shared(
-                own_desc, [batch, head_, tile * BLOCK, first_b], barrier, own_smem.index(stage)
-            )
-        if n_desc is not None:
-            row = first_n + tile * n_desc.block_type.shape[0]
-            tma.async_copy_global_to_shared(n_desc, [row, first_b], barrier, n_smem.index(stage))
+def wait_full(barriers, number):
+    """Until a buffer has what it is to have of the number-th tile."""
+    mbarrier.wait(buffer(barriers, number), number // barriers.shape[0] & 1)
 
 
 @gluon.jit
-def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+def wait_empty(barriers, number):
+    """Until what the buffer had before the number-th tile is needed no more."""
+    mbarrier.wait(buffer(barriers, number), (number // barriers.shape[0] & 1) ^ 1)
+
+
+@gluon.jit
+def arrive(barriers, number):
+    """Says that it is full, or empty."""
+    mbarrier.arrive(buffer(barriers, number), count=1)
+
+
+@gluon.constexpr_function
+def size_in_bytes(descriptors):
+    return sum(descriptor.block_type.nbytes for descriptor in descriptors)
+
+
+@gluon.jit
+def load_partition(walk, descriptors, rings, columns, BACKWARD: gl.constexpr):
+    """Fills these rings as fast as the other roles empty them, with tiles from these columns on.
+
+    Past the end of the sequence there are zeros.
+    """
+    for number in range(walk.count):
+        wait_empty(walk.empty, number)
+        full = buffer(walk.full, number)
+        mbarrier.expect(full, size_in_bytes(descriptors))
+        for x in gl.static_range(len(descriptors)):
+            row = tile_at(walk, number, BACKWARD) * descriptors[x].block_type.shape[2]
+            place = [walk.batch, walk.head, row, columns[x]]
+            tma.async_copy_global_to_shared(descriptors[x], place, full, buffer(rings[x], number))
+
+
+@gluon.jit
+def gates(rows, BACKWARD: gl.constexpr, layout: gl.constexpr):
     """Wr, with steps i as rows and j as columns; backward: Wr^T.
 
     Either way a document is seen by the row's own bound. The exponent is masked, not the product: elsewhere it may be
     huge.
     """
+    BLOCK: gl.constexpr = rows.shape[1]
     row = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))[None, :]
     own, other = (2, 0) if BACKWARD else (0, 2)
@@ -477,90 +536,35 @@ def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexp
 
 
 @gluon.jit
-def products_of_rows(
-    a_smem, b_smem, full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """Starts A B^T of a tile."""
+def products_of_rows(walk, a_ring, b_ring, number):
+    """Waits for the number-th tile and starts its A B^T."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    stage = number % STAGES
-    mbarrier.wait(full.index(stage), number // STAGES & 1)
-    a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+    wait_full(walk.full, number)
+    a, b = matrix(a_ring, number), matrix(b_ring, number)
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
     return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def h_scores(
-    q_smem, k_smem, n_smem, full, n_full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """Starts Q K^T and q . n of a tile."""
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    stage = number % STAGES
-    scores = products_of_rows(q_smem, k_smem, full, number, BLOCK, D, STAGES)
-    q, n = q_smem.index(stage).reshape([BLOCK, D]), n_smem.index(stage).permute((1, 0))
-    mbarrier.wait(n_full.index(stage), number // STAGES & 1)
-    zero = gl.zeros([BLOCK, 8], gl.float32, layout=narrow)
-    return warpgroup_mma(q, n, zero, use_acc=False, is_async=True), scores
-
-
-@gluon.jit
-def h_scores_partition(
-    q_smem, k_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty, tile_v, first,
-    count, T, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
-):  # fmt: skip
-    """P = Q K^T * Wr of tile after tile, and r, which makes W into Wr, for the state's warps.
-
-    While the others are told of a tile, the matrix unit has the products of the next.
-    """
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    vector: gl.constexpr = gl.SliceLayout(1, layout)
-    offs_l = gl.arange(0, BLOCK, layout=vector)
-    q_n, scores = h_scores(q_smem, k_smem, n_smem, full, n_full, 0, BLOCK, D, STAGES)
-    q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
-    for number in range(count):
-        stage, P_stage = number % STAGES, number % P_STAGES
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        P = scores * gates(rows, False, BLOCK, layout)
-        S = gl.convert_layout(gl.sum(q_n, axis=1), vector) * rows.index(5).load(vector) + gl.sum(P, axis=1)
-        r = 1.0 / gl.maximum(gl.maximum(S, -S), rows.index(7).load(vector))
-        P = P * r[:, None]
-        mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
-        P_smem.index(P_stage).store(P.to(gl.bfloat16))
-        r_smem.index(P_stage).store(r)
-        # Past the last tile, that one once more, which nobody looks at.
-        following = gl.minimum(number + 1, count - 1)
-        q_n_next, scores_next = h_scores(q_smem, k_smem, n_smem, full, n_full, following, BLOCK, D, STAGES)
-        fence_async_shared()
-        mbarrier.arrive(P_full.index(P_stage), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
-        if tile_v == 0:
-            offs_t = (first + number) * BLOCK + offs_l
-            gl.store(S_ptr + offs_t, S, mask=offs_t < T)
-        q_n, scores = warpgroup_mma_wait(0, deps=[q_n_next, scores_next])
-
-
-@gluon.jit
-def scores_partition(
-    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
-):  # fmt: skip
+def scores_partition(walk, smem, BACKWARD: gl.constexpr):
     """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16.
 
     While the others are told of a tile, the matrix unit has the products of the next.
     """
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    scores = products_of_rows(a_smem, b_smem, full, 0, BLOCK, D, STAGES)
+    scores = products_of_rows(walk, smem.a, smem.b, 0)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    for number in range(count):
-        stage, P_stage = number % STAGES, number % P_STAGES
-        P = scores * gates(tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
-        mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
-        P_smem.index(P_stage).store(P.to(gl.bfloat16))
+    for number in range(walk.count):
+        P = scores * gates(rows_of(walk, number), BACKWARD, layout)
+        wait_empty(smem.P_empty, number)
+        buffer(smem.P, number).store(P.to(gl.bfloat16))
         # Past the last tile, that one once more, which nobody looks at.
-        scores = products_of_rows(a_smem, b_smem, full, gl.minimum(number + 1, count - 1), BLOCK, D, STAGES)
+        scores = products_of_rows(walk, smem.a, smem.b, gl.minimum(number + 1, walk.count - 1))
         fence_async_shared()
-        mbarrier.arrive(P_full.index(P_stage), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(smem.P_full, number)
+        arrive(walk.empty, number)
         scores = warpgroup_mma_wait(0, deps=[scores])
 
 
@@ -581,17 +585,17 @@ def in_parts(n, row):
 
 @gluon.jit
 def normalizer_partition(
-    b_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, first_k, first, count,
-    KNOWN: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr,
+    walk, b_ring, n_ring, n_full, n_ptr, first_k, DQK: gl.constexpr, KNOWN: gl.constexpr, BACKWARD: gl.constexpr
 ):  # fmt: skip
-    """Keeps BK columns of n in registers, or backward of dn, and tells the others of it.
+    """Keeps some columns of n in registers, or backward of dn, and tells the others of it.
 
     forward     n <- decay n + sum of w_end k, of B = K; the scores' warps need it
     backward    dn <- decay dn + sum of w_read delta q, of B = Q; the state's warps need it
     n_ptr: n at all tile borders of the head. If it is not KNOWN, it is there only where the sequence begins (backward:
     ends), and is written everywhere else.
     """
+    BLOCK: gl.constexpr = b_ring.shape[3]
+    BK: gl.constexpr = b_ring.shape[4]
     SOME: gl.constexpr = 16  # steps at a time, to need fewer registers
     # All steps of a column are one thread's: nothing is summed up across threads.
     COLUMNS: gl.constexpr = BK // (32 * gl.num_warps())
@@ -601,18 +605,18 @@ def normalizer_partition(
     offs_k = first_k + gl.arange(0, BK, layout=vector)
     row = gl.arange(0, 8, layout=gl.SliceLayout(1, parts))[:, None]
     mask = offs_k < DQK
-    n = gl.load(n_ptr + (first + count if BACKWARD else first) * DQK + offs_k, mask=mask, other=0.0)
-    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        b, rows = b_smem.index(stage).reshape([BLOCK, BK]), tile_rows(rows_smem, stage, BLOCK)
+    n = gl.load(n_ptr + (walk.first + walk.count if BACKWARD else walk.first) * DQK + offs_k, mask=mask, other=0.0)
+    decay = gl.load(walk.decay_ptr + tile_at(walk, 0, BACKWARD))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, BACKWARD)
+        wait_full(walk.full, number)
+        b, rows = matrix(b_ring, number), rows_of(walk, number)
         if BACKWARD:
-            n_smem.index(stage).store(n)
+            buffer(n_ring, number).store(n)
         else:
-            n_smem.index(stage).store(in_parts(gl.convert_layout(n, gl.SliceLayout(0, parts)), row))
+            buffer(n_ring, number).store(in_parts(gl.convert_layout(n, gl.SliceLayout(0, parts)), row))
             fence_async_shared()
-        mbarrier.arrive(n_full.index(stage), count=1)
+        arrive(n_full, number)
         border = n_ptr + (tile if BACKWARD else tile + 1) * DQK + offs_k
         if KNOWN:
             n = gl.load(border, mask=mask, other=0.0)
@@ -624,10 +628,9 @@ def normalizer_partition(
                     weight = weight * rows.index(7).slice(start, SOME).load(gl.SliceLayout(1, layout))
                 total += b.slice(start, SOME).load(layout).to(gl.float32) * weight[:, None]
             n = n * decay + gl.sum(total, axis=0)
-            next_tile = tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD)
-            decay = gl.load(decay_ptr + next_tile)
+            decay = next_decay(walk, number, BACKWARD)
             gl.store(border, n, mask=mask)
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(walk.empty, number)
 
 
 @gluon.jit
@@ -654,41 +657,80 @@ def load_state(
         return gl.load(ptr + row * stride_row + column * stride_column, mask=mask, other=0.0)
 
 
-@gluon.jit
-def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(number):
-        mbarrier.init(barriers.index(index), count=arrivals)
-    return barriers
-
-
-@gluon.jit
-def ring(descriptor, STAGES: gl.constexpr):
-    return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
-
-
-@gluon.jit
-def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
-    """(tile of the head dimension, head, its batch entry and number there, first tile of the span, how many tiles)."""
-    spans = (NT + SPAN - 1) // SPAN
-    tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
-    bh, first = (program // spans).to(gl.int64), program % spans * SPAN
-    return tile, bh, (bh // NH).to(gl.int32), (bh % NH).to(gl.int32), first, gl.minimum(SPAN, NT - first)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # h and dv
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers and barriers of state_times_keys_kernel, beside those of its walk.
+KeysBuffers = namedtuple("KeysBuffers", "a b x P r n weighted y P_full P_empty n_full")
+
+
+@gluon.jit
+def h_scores(walk, smem, number):
+    """Waits for the number-th tile and starts its Q K^T and q . n."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    scores = products_of_rows(walk, smem.a, smem.b, number)
+    wait_full(smem.n_full, number)
+    zero = gl.zeros([BLOCK, 8], gl.float32, layout=narrow)
+    n = buffer(smem.n, number).permute((1, 0))
+    return warpgroup_mma(matrix(smem.a, number), n, zero, use_acc=False, is_async=True), scores
+
+
+@gluon.jit
+def h_scores_partition(walk, smem, S_ptr, tile_v, T):
+    """As scores_partition; also r, which makes W into Wr, for the state's warps, and S."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    vector: gl.constexpr = gl.SliceLayout(1, layout)
+    offs_l = gl.arange(0, BLOCK, layout=vector)
+    q_n, scores = h_scores(walk, smem, 0)
+    q_n, scores = warpgroup_mma_wait(0, deps=[q_n, scores])
+    for number in range(walk.count):
+        rows = rows_of(walk, number)
+        P = scores * gates(rows, False, layout)
+        S = gl.convert_layout(gl.sum(q_n, axis=1), vector) * rows.index(5).load(vector) + gl.sum(P, axis=1)
+        r = 1.0 / gl.maximum(gl.maximum(S, -S), rows.index(7).load(vector))
+        P = P * r[:, None]
+        wait_empty(smem.P_empty, number)
+        buffer(smem.P, number).store(P.to(gl.bfloat16))
+        buffer(smem.r, number).store(r)
+        q_n_next, scores_next = h_scores(walk, smem, gl.minimum(number + 1, walk.count - 1))
+        fence_async_shared()
+        arrive(smem.P_full, number)
+        arrive(walk.empty, number)
+        if tile_v == 0:
+            offs_t = (walk.first + number) * BLOCK + offs_l
+            gl.store(S_ptr + offs_t, S, mask=offs_t < T)
+        q_n, scores = warpgroup_mma_wait(0, deps=[q_n_next, scores_next])
+
+
+@gluon.jit
+def keys_scores_partition(walk, smem, S_ptr, tile_v, T, BACKWARD: gl.constexpr):
+    if BACKWARD:
+        scores_partition(walk, smem, True)
+    else:
+        h_scores_partition(walk, smem, S_ptr, tile_v, T)
+
+
+@gluon.jit
+def keys_normalizer_partition(
+    walk, smem, n_ptr, DQK: gl.constexpr, KNOWN: gl.constexpr, BACKWARD: gl.constexpr
+):  # fmt: skip
+    """dv needs none."""
+    if not BACKWARD:
+        normalizer_partition(walk, smem.b, smem.n, smem.n_full, n_ptr, 0, DQK, KNOWN, False)
+
+
 @gluon.jit
 def keys_state_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, rows_smem, P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
-    batch, head_, first_v, first, count, NT,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
-    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    walk, smem, y_desc, first_ptr, last_ptr, border_ptr, carry_ptr, first_v,
+    DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """Keeps a tile of C^T (BV x BK) in registers, where a matrix product can read its left operand."""
     WARPS: gl.constexpr = gl.num_warps()
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    BK: gl.constexpr = smem.b.shape[4]
+    BV: gl.constexpr = smem.x.shape[4]
     layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
@@ -699,78 +741,47 @@ def keys_state_partition(
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
     SIZE: gl.constexpr = (DHV + BV - 1) // BV * BV * BK  # of the state with the zeros that fill its tiles
-    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
+    decay = gl.load(walk.decay_ptr + tile_at(walk, 0, BACKWARD))
     if first_ptr is None:
         # No decay is negative, so this adds 0. But where C is known to be 0, ptxas of Triton 3.6 may die of it.
         C += gl.where(decay < 0.0, v * 1.0 + k * 1.0, 0.0)
-    for number in range(count):
-        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
+    for number in range(walk.count):
+        tile = tile_at(walk, number, BACKWARD)
         border = (tile // BORDER - 1) * SIZE + v * BK + k
         if not BACKWARD and tile % BORDER == 0 and tile > 0:
             gl.store(border_ptr + border, C.to(gl.bfloat16))
         C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
-        x = x_smem.index(stage).reshape([BLOCK, BV]).permute((1, 0))
-        rows = tile_rows(rows_smem, stage, BLOCK)
+        wait_full(walk.full, number)
+        a, b, x = matrix(smem.a, number), matrix(smem.b, number), matrix(smem.x, number).permute((1, 0))
+        rows = rows_of(walk, number)
 
         y = warpgroup_mma(C_operand, a.permute((1, 0)), zero, use_acc=False, is_async=True)  # (BV, BLOCK)
-        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
+        smem.weighted.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
         fence_async_shared()
         read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
         C = C * decay
-        decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))
-        mbarrier.wait(P_full.index(P_stage), number // P_STAGES & 1)
+        decay = next_decay(walk, number, BACKWARD)
+        wait_full(smem.P_full, number)
         if not BACKWARD:
-            read = read * r_smem.index(P_stage).load(gl.SliceLayout(0, layout_y))[None, :]
+            read = read * buffer(smem.r, number).load(gl.SliceLayout(0, layout_y))[None, :]
         y = warpgroup_mma_wait(0, deps=[y])
-        y = warpgroup_mma(x, P_smem.index(P_stage).permute((1, 0)), y * read, is_async=True)
-        C = warpgroup_mma(x, weighted_smem, C, is_async=True)
+        y = warpgroup_mma(x, buffer(smem.P, number).permute((1, 0)), y * read, is_async=True)
+        C = warpgroup_mma(x, smem.weighted, C, is_async=True)
         y = warpgroup_mma_wait(1, deps=[y])
         tma.store_wait(0)  # the last tile's y has left its buffer
-        y_smem.reshape([BLOCK, BV]).permute((1, 0)).store(y.to(gl.bfloat16))
+        smem.y.reshape([BLOCK, BV]).permute((1, 0)).store(y.to(gl.bfloat16))
         fence_async_shared()
         C = warpgroup_mma_wait(0, deps=[C])
-        mbarrier.arrive(P_empty.index(P_stage), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
-        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_v], y_smem)
+        arrive(smem.P_empty, number)
+        arrive(walk.empty, number)
+        tma.async_copy_shared_to_global(y_desc, [walk.batch, walk.head, tile * BLOCK, first_v], smem.y)
         if BACKWARD and tile % BORDER == 0 and tile > 0:
             C_then = gl.load(border_ptr + border).to(gl.float32)
             gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(C_then * C, axis=1), axis=0))
     tma.store_wait(0)
     if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
-        if (first == 0) if BACKWARD else (first + count == NT):
+        if (walk.first == 0) if BACKWARD else (walk.first + walk.count == walk.NT):
             gl.store(last_ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
-
-
-@gluon.jit
-def keys_scores_partition(
-    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty, tile_v, first,
-    count, T, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    P_STAGES: gl.constexpr,
-):  # fmt: skip
-    if BACKWARD:
-        scores_partition(
-            a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, True, BLOCK, D, STAGES, P_STAGES
-        )
-    else:
-        h_scores_partition(
-            a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty, tile_v,
-            first, count, T, BLOCK, D, STAGES, P_STAGES,
-        )  # fmt: skip
-
-
-@gluon.jit
-def keys_normalizer_partition(
-    k_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, first, count, KNOWN: gl.constexpr,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """dv needs none."""
-    if not BACKWARD:
-        normalizer_partition(
-            k_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, 0, first, count, KNOWN, False, BLOCK,
-            DQK, BK, STAGES,
-        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
@@ -790,63 +801,49 @@ def state_times_keys_kernel(
     SMALL: gl.constexpr = BK + BV == 128
     N_REGISTERS: gl.constexpr = 24 if BACKWARD else (40 if SMALL else 64)
     SCORES_REGISTERS: gl.constexpr = (96 if BACKWARD else 88) if SMALL else 112
-    tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
-    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
-    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    rows_smem = ring(rows_desc, STAGES)
+    tile_v, bh, batch, head_, span, first, count = program_of_span(TILES, NT, NH, SPAN)
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, 2 if BACKWARD else 3), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled)
-    r_smem = gl.allocate_shared_memory(gl.float32, [P_STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
-    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
-    n_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 8, BK], swizzled)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2 if BACKWARD else 3)
-    P_full, P_empty, n_full = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1), new_barriers(STAGES, 1)
+    smem = KeysBuffers(
+        a=ring(a_desc, STAGES),
+        b=ring(b_desc, STAGES),
+        x=ring(x_desc, STAGES),
+        P=gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled),
+        r=gl.allocate_shared_memory(gl.float32, [P_STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        n=gl.allocate_shared_memory(gl.bfloat16, [STAGES, 8, BK], swizzled),
+        weighted=gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled),
+        y=gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout),
+        P_full=new_barriers(P_STAGES, 1),
+        P_empty=new_barriers(P_STAGES, 1),
+        n_full=new_barriers(STAGES, 1),
+    )
     fence_async_shared()
-    decay_ptr += bh * NT
+    borders = (NT + BORDER - 1) // BORDER
+    border_ptr += bh * (borders - 1) * TILES * BV * BK
     if n_ptr is not None:
         n_ptr += bh * (NT + 1) * DQK
-    if last_ptr is not None:
-        last_ptr += bh * DQK * DHV
-    border_ptr += bh * (borders - 1) * TILES * BV * BK
-    if first_ptr is not None:
-        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
     if S_ptr is not None:
         S_ptr += bh * T
+    if first_ptr is not None:
+        first_ptr += span * DQK * DHV
+    if last_ptr is not None:
+        last_ptr += bh * DQK * DHV
     if carry_ptr is not None:
         carry_ptr += (tile_v * BH + bh) * (borders + 1)
+    descriptors, rings = (rows_desc, a_desc, b_desc, x_desc), (walk.rows, smem.a, smem.b, smem.x)
     gl.warp_specialize(
         [
             (
                 keys_state_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, rows_smem,
-                    P_smem, r_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
-                    tile_v * BV, first, count, NT, BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
+                    walk, smem, y_desc, first_ptr, last_ptr, border_ptr, carry_ptr, tile_v * BV, DQK, DHV, BORDER,
+                    BACKWARD,
                 ),
             ),
-            (
-                keys_scores_partition,
-                (
-                    a_smem, b_smem, n_smem, rows_smem, P_smem, r_smem, S_ptr, full, empty, n_full, P_full, P_empty,
-                    tile_v, first, count, T, BACKWARD, BLOCK, BK, STAGES, P_STAGES,
-                ),
-            ),
-            (
-                keys_normalizer_partition,
-                (
-                    b_smem, n_smem, rows_smem, n_ptr, decay_ptr, full, empty, n_full, first, count, N_KNOWN, BACKWARD,
-                    BLOCK, DQK, BK, STAGES,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    a_desc, b_desc, x_desc, None, None, rows_desc, a_smem, b_smem, x_smem, None, None, rows_smem, full,
-                    empty, batch, head_, bh.to(gl.int32), 0, 0, tile_v * BV, 0, first, count, NT, BACKWARD, BLOCK,
-                    STAGES,
-                ),
-            ),
+            (keys_scores_partition, (walk, smem, S_ptr, tile_v, T, BACKWARD)),
+            (keys_normalizer_partition, (walk, smem, n_ptr, DQK, N_KNOWN, BACKWARD)),
+            (load_partition, (walk, descriptors, rings, (0, 0, 0, tile_v * BV), BACKWARD)),
         ],
         [4, 2, 1],
         [SCORES_REGISTERS, N_REGISTERS, N_REGISTERS],
@@ -856,21 +853,30 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Wide heads, and the states that spans start from
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers of walk_kernel, beside those of its walk.
+WalkBuffers = namedtuple("WalkBuffers", "a b x P weighted")
+
+
 @gluon.jit
 def walk_state_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, P_smem, rows_smem, weighted_smem, full, empty,
-    batch, head_, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end,
-    HALF: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
-    BC: gl.constexpr, STAGES: gl.constexpr,
+    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
+    HALF: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
+    BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """Keeps 64 rows of the state in registers, in pieces of 64 columns, each in turn the left operand of a product.
 
     All products are transposed: Y is (64 x BLOCK).
     """
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    BC: gl.constexpr = smem.b.shape[4]
     PIECES: gl.constexpr = BC // 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    ROWS_ARE_KEYS: gl.constexpr = y_desc is None
+    ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
+    COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
+    stride_row: gl.constexpr = DHV if ROWS_ARE_KEYS else 1
+    stride_column: gl.constexpr = 1 if ROWS_ARE_KEYS else DHV
     READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
     WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
     y = gl.zeros([64, BLOCK], gl.float32, layout=layout)
@@ -878,30 +884,29 @@ def walk_state_partition(
     row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
     # One buffer for two things of a tile: the weighted rows of X, then Y.
-    weighted = weighted_smem.index(HALF).reshape([BLOCK, 64])
+    weighted = smem.weighted.index(HALF).reshape([BLOCK, 64])
     C = ()
     for piece in gl.static_range(PIECES):
         C_piece = load_state(
             first_ptr, first_row, first_column + piece * 64, stride_row, stride_column, ROWS, COLUMNS, 64, 64, layout
         )
         C = C + (C_piece,)  # noqa: RUF005, Gluon knows +
-    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        x = x_smem.index(stage).reshape([BLOCK, x_smem.shape[4]]).slice(HALF * 64, 64, dim=1)
-        b, rows = b_smem.index(stage).reshape([BLOCK, BC]), tile_rows(rows_smem, stage, BLOCK)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
+    decay = gl.load(walk.decay_ptr + tile_at(walk, 0, BACKWARD))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, BACKWARD)
+        x = matrix(smem.x, number).slice(HALF * 64, 64, dim=1)
+        b, rows = matrix(smem.b, number), rows_of(walk, number)
+        wait_full(walk.full, number)
         decayed = ()
         for piece in gl.static_range(PIECES):
             decayed = decayed + (C[piece] * decay,)  # noqa: RUF005, Gluon knows +
-            if a_smem is not None:
+            if smem.a is not None:
                 C_operand = gl.convert_layout(C[piece].to(gl.bfloat16), operand)
                 if piece > 0:  # there is no room for more than one operand beside C
                     y = warpgroup_mma_wait(0, deps=[y])
-                a = a_smem.index(stage).reshape([BLOCK, BC]).slice(piece * 64, 64, dim=1)
+                a = matrix(smem.a, number).slice(piece * 64, 64, dim=1)
                 y = warpgroup_mma(C_operand, a.permute((1, 0)), y, use_acc=piece > 0, is_async=True)
-        following = tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD)
-        decay = gl.load(decay_ptr + following)
+        decay = next_decay(walk, number, BACKWARD)
         if y_desc is not None:
             tma.store_wait(0)  # the last tile's Y has left its buffer
         for half in gl.static_range(2):  # of the steps, to need fewer registers at a time
@@ -915,8 +920,8 @@ def walk_state_partition(
             C = C + (warpgroup_mma(weighted.permute((1, 0)), b_piece, decayed[piece], is_async=True),)  # noqa: RUF005, Gluon knows +
         if y_ptr is not None:
             gl.store(y_ptr + (tile * BLOCK + column) * ROWS + row, y, mask=row < ROWS)
-        if P_smem is not None:
-            P = P_smem.index(stage).reshape([BLOCK, BLOCK])
+        if smem.P is not None:
+            P = matrix(smem.P, number)
             P = P if BACKWARD else P.permute((1, 0))
             y = y * rows.index(READ).load(gl.SliceLayout(0, layout))[None, :]
             y = warpgroup_mma(x.permute((1, 0)), P, y, is_async=True)
@@ -925,11 +930,12 @@ def walk_state_partition(
         if y_desc is not None:
             weighted.permute((1, 0)).store(y.to(gl.bfloat16))
             fence_async_shared()
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(walk.empty, number)
         if y_desc is not None:
-            tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_row], weighted_smem.index(HALF))
+            place = [walk.batch, walk.head, tile * BLOCK, first_row]
+            tma.async_copy_shared_to_global(y_desc, place, smem.weighted.index(HALF))
         if border_ptr is not None and not BACKWARD:  # noqa: SIM102, it is decided when this is compiled
-            if (tile + 1) % BORDER == 0 and tile + 1 < NT:
+            if (tile + 1) % BORDER == 0 and tile + 1 < walk.NT:
                 for piece in gl.static_range(PIECES):
                     border = border_ptr + ((tile + 1) // BORDER - 1) * SIZE + row * BC + piece * 64 + column
                     gl.store(border, C[piece].to(gl.bfloat16))
@@ -951,18 +957,14 @@ def walk_state_partition(
 
 @gluon.jit
 def walk_second_half_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, P_smem, rows_smem, weighted_smem, full, empty,
-    batch, head_, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end,
-    BR: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
-    BC: gl.constexpr, STAGES: gl.constexpr,
+    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
+    DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """Narrow heads have none."""
-    if BR > 64:
+    if smem.weighted.shape[0] > 1:
         walk_state_partition(
-            y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, P_smem,
-            rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column, stride_row, stride_column,
-            ROWS, COLUMNS, first, count, NT, at_end, 1, BACKWARD, BLOCK, BORDER, SIZE, BC, STAGES,
+            walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
+            1, DQK, DHV, BORDER, SIZE, BACKWARD,
         )  # fmt: skip
 
 
@@ -986,40 +988,42 @@ def walk_kernel(
     ROWS_ARE_KEYS: gl.constexpr = y_desc is None
     ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
     COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
-    stride_row: gl.constexpr = DHV if ROWS_ARE_KEYS else 1
-    stride_column: gl.constexpr = 1 if ROWS_ARE_KEYS else DHV
     TILES_R: gl.constexpr = (ROWS + BR - 1) // BR
     TILES_C: gl.constexpr = (COLUMNS + BC - 1) // BC
     HALVES: gl.constexpr = BR // 64
     SIZE: gl.constexpr = TILES_R * BR * BC
-    part, program = gl.program_id(0) % (TILES_R * TILES_C), gl.program_id(0) // (TILES_R * TILES_C)
-    tile_r, tile_c = part // TILES_C, part % TILES_C
+    tile, program = gl.program_id(0) % (TILES_R * TILES_C), gl.program_id(0) // (TILES_R * TILES_C)
+    tile_r, tile_c = tile // TILES_C, tile % TILES_C
+    first_row, first_column = tile_r * BR, tile_c * BC
     bh, span = (program // SPANS).to(gl.int64), FIRST_SPAN + program % SPANS
     batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
-    first, first_row, first_column = span * SPAN, tile_r * BR, tile_c * BC
+    first, spans, borders = span * SPAN, (NT + SPAN - 1) // SPAN, (NT + BORDER - 1) // BORDER
     count = gl.minimum(SPAN, NT - first)
-    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
-
-    b_smem, x_smem, rows_smem = ring(b_desc, STAGES), ring(x_desc, STAGES), ring(rows_desc, STAGES)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [HALVES, 1, 1, BLOCK, 64], swizzled)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES)
-    if a_desc is None:
-        a_smem: gl.constexpr = None
-    else:
-        a_smem = ring(a_desc, STAGES)
-    if P_desc is None:
-        P_smem: gl.constexpr = None
-    else:
-        P_smem = ring(P_desc, STAGES)
-    fence_async_shared()
     if weights_ptr is not None:
         count = gl.where(gl.load(weights_ptr + bh * spans + span) != 0.0, count, 0)
     if ROWS_ARE_KEYS:
         at_end = count > 0
     else:
         at_end = (first == 0) if BACKWARD else (first + count == NT)
-    decay_ptr += bh * NT
+
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
+    b_smem, x_smem = ring(b_desc, STAGES), ring(x_desc, STAGES)
+    descriptors, rings, columns = (rows_desc, b_desc, x_desc), (rows, b_smem, x_smem), (0, first_column, first_row)
+    if a_desc is None:
+        a_smem: gl.constexpr = None
+    else:
+        a_smem = ring(a_desc, STAGES)
+        descriptors, rings, columns = descriptors + (a_desc,), rings + (a_smem,), columns + (first_column,)  # noqa: RUF005
+    if P_desc is None:
+        P_smem: gl.constexpr = None
+    else:
+        P_smem = ring(P_desc, STAGES)
+        descriptors, rings, columns = descriptors + (P_desc,), rings + (P_smem,), columns + (0,)  # noqa: RUF005
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [HALVES, 1, 1, BLOCK, 64], swizzled)
+    smem = WalkBuffers(a_smem, b_smem, x_smem, P_smem, weighted_smem)
+    fence_async_shared()
     if first_ptr is not None:
         first_ptr += (bh * spans + span) * DQK * DHV
     if last_ptr is not None:
@@ -1038,29 +1042,18 @@ def walk_kernel(
             (
                 walk_state_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
-                    P_smem, rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column, stride_row,
-                    stride_column, ROWS, COLUMNS, first, count, NT, at_end, 0, BACKWARD, BLOCK, BORDER, SIZE, BC,
-                    STAGES,
+                    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
+                    at_end, 0, DQK, DHV, BORDER, SIZE, BACKWARD,
                 ),
             ),
             (
                 walk_second_half_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, second_carry_ptr, a_smem, b_smem,
-                    x_smem, P_smem, rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column,
-                    stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end, BR, BACKWARD, BLOCK, BORDER,
-                    SIZE, BC, STAGES,
+                    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr,
+                    second_carry_ptr, at_end, DQK, DHV, BORDER, SIZE, BACKWARD,
                 ),
             ),
-            (
-                load_partition,
-                (
-                    a_desc, b_desc, x_desc, P_desc, None, rows_desc, a_smem, b_smem, x_smem, P_smem, None, rows_smem,
-                    full, empty, batch, head_, bh.to(gl.int32), first_column, first_column, first_row, 0, first,
-                    count, NT, BACKWARD, BLOCK, STAGES,
-                ),
-            ),
+            (load_partition, (walk, descriptors, rings, columns, BACKWARD)),
         ],
         [4, 1],
         [232, 24],
@@ -1070,6 +1063,8 @@ def walk_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # dq and delta
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers and barriers of dq_kernel, beside those of its walk.
+DqBuffers = namedtuple("DqBuffers", "dh k v q n P delta q_y weighted P_full q_y_full")
 # 8 rows of a column to each thread; half of the threads are there twice.
 SUMS_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 1], [1, 32], [1, 4], [1, 0]))
 
@@ -1086,37 +1081,33 @@ def column_sums(x, sums):
 
 @gluon.jit
 def dq_state_partition(
-    dq_desc, decay_ptr, first_ptr,
-    dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem, delta_smem, q_y_smem, weighted_smem, full, empty,
-    P_full, q_y_full, batch, head_, first, count,
-    HALF: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
-    BV: gl.constexpr, STAGES: gl.constexpr,
+    walk, smem, dq_desc, first_ptr, HALF: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr
 ):  # fmt: skip
     """Keeps 64 rows of C in registers, in pieces of 64 columns, each in turn the left operand of a product.
 
     There is no room for more than one such operand beside C, so one piece waits for the other. Meanwhile the other
     half's warpgroup has the matrix unit. All products are transposed: y is C dH^T (64 x BLOCK).
     """
-    PIECES: gl.constexpr = BV // 64
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    PIECES: gl.constexpr = smem.v.shape[4] // 64
     first_k: gl.constexpr = HALF * 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     vector: gl.constexpr = gl.SliceLayout(0, layout)
     zero = gl.zeros([64, BLOCK], gl.float32, layout=layout)
     # One buffer for three things of a tile: partial sums, then the weighted keys, then dq.
-    weighted = weighted_smem.index(HALF).reshape([BLOCK, 64])
-    sums = weighted_smem.index(HALF)._reinterpret(gl.float32, [32, 64], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    weighted = smem.weighted.index(HALF).reshape([BLOCK, 64])
+    sums = smem.weighted.index(HALF)._reinterpret(gl.float32, [32, 64], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     C = ()
     for piece in gl.static_range(PIECES):
         C = C + (load_state(first_ptr, first_k, piece * 64, DHV, 1, DQK, DHV, 64, 64, layout),)  # noqa: RUF005, Gluon knows +
-    decay = gl.load(decay_ptr + first)
-    for number in range(count):
-        stage, tile = number % STAGES, first + number
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        dh, v = dh_smem.index(stage).reshape([BLOCK, BV]), v_smem.index(stage).reshape([BLOCK, BV])
-        k = k_smem.index(stage).reshape([BLOCK, BK]).slice(first_k, 64, dim=1)
-        q = q_smem.index(stage).reshape([BLOCK, BK]).slice(first_k, 64, dim=1)
-        rows = tile_rows(rows_smem, stage, BLOCK)
+    decay = gl.load(walk.decay_ptr + tile_at(walk, 0, False))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, False)
+        wait_full(walk.full, number)
+        dh, v = matrix(smem.dh, number), matrix(smem.v, number)
+        k, q = matrix(smem.k, number).slice(first_k, 64, dim=1), matrix(smem.q, number).slice(first_k, 64, dim=1)
+        rows = rows_of(walk, number)
 
         y, decayed = zero, ()
         for piece in gl.static_range(PIECES):
@@ -1126,11 +1117,11 @@ def dq_state_partition(
                 y = warpgroup_mma_wait(0, deps=[y])
             dh_piece = dh.slice(piece * 64, 64, dim=1).permute((1, 0))
             y = warpgroup_mma(C_operand, dh_piece, y, use_acc=piece > 0, is_async=True)
-        decay = gl.load(decay_ptr + gl.minimum(tile + 1, first + count - 1))
+        decay = next_decay(walk, number, False)
         tma.store_wait(0)  # the last tile's dq has left its buffer
         y = warpgroup_mma_wait(0, deps=[y])
-        q_y_smem.index(HALF).store(column_sums(q.permute((1, 0)).load(layout).to(gl.float32) * y, sums))
-        mbarrier.arrive(q_y_full.index(0), count=1)
+        smem.q_y.index(HALF).store(column_sums(q.permute((1, 0)).load(layout).to(gl.float32) * y, sums))
+        arrive(smem.q_y_full, number)
 
         # While the scores' warps find delta:
         y = y * rows.index(5).load(vector)[None, :]
@@ -1142,79 +1133,68 @@ def dq_state_partition(
         for piece in gl.static_range(PIECES):
             v_piece = v.slice(piece * 64, 64, dim=1)
             C = C + (warpgroup_mma(weighted.permute((1, 0)), v_piece, decayed[piece], is_async=True),)  # noqa: RUF005, Gluon knows +
-        n = n_smem.index(stage)._reinterpret(gl.float32, [BK // 64, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        n = buffer(smem.n, number)._reinterpret(gl.float32, [smem.n.shape[4] // 64, 64], plain)
         n = n.index(HALF).load(gl.SliceLayout(1, layout))[:, None]
-        mbarrier.wait(P_full.index(0), number & 1)
-        y = y + n * delta_smem.load(vector)[None, :]
-        y = warpgroup_mma(k.permute((1, 0)), P_smem.permute((1, 0)), y, is_async=True)
+        wait_full(smem.P_full, number)
+        y = y + n * smem.delta.load(vector)[None, :]
+        y = warpgroup_mma(k.permute((1, 0)), smem.P.permute((1, 0)), y, is_async=True)
         done = warpgroup_mma_wait(0, deps=(y,) + C)  # noqa: RUF005, Gluon knows +
         y, C = done[0], done[1:]
         weighted.permute((1, 0)).store(y.to(gl.bfloat16))
         fence_async_shared()
-        mbarrier.arrive(empty.index(stage), count=1)
-        tma.async_copy_shared_to_global(dq_desc, [batch, head_, tile * BLOCK, first_k], weighted_smem.index(HALF))
+        arrive(walk.empty, number)
+        place = [walk.batch, walk.head, tile * BLOCK, first_k]
+        tma.async_copy_shared_to_global(dq_desc, place, smem.weighted.index(HALF))
     tma.store_wait(0)
 
 
 @gluon.jit
-def dq_second_half_partition(
-    dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem, delta_smem, q_y_smem,
-    weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count,
-    BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def dq_second_half_partition(walk, smem, dq_desc, first_ptr, DQK: gl.constexpr, DHV: gl.constexpr):
     """Narrow heads have none."""
-    if BK > 64:
-        dq_state_partition(
-            dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem, delta_smem,
-            q_y_smem, weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count, 1, BLOCK, DQK, DHV,
-            BK, BV, STAGES,
-        )  # fmt: skip
+    if smem.weighted.shape[0] > 1:
+        dq_state_partition(walk, smem, dq_desc, first_ptr, 1, DQK, DHV)
 
 
 @gluon.jit
-def dq_scores_partition(
-    dh_smem, k_smem, v_smem, q_smem, rows_smem, P_smem, delta_smem, q_y_smem, delta_ptr, q_dq_ptr, full, empty, P_full,
-    q_y_full, first, count, T,
-    BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def dq_scores_partition(walk, smem, delta_ptr, q_dq_ptr, T):
     """P = (dH V^T + delta) * Wr of tile after tile; before that delta, from dh . h.
 
     dh . h is w_read q . y, in the state's warps, and the row sums of Q K^T * dH V^T * Wr, before anything is rounded.
     From the h that was returned it would be wrong in its third digit, and dq and dk, where terms cancel, in their
     second. q . dq is dh . h + delta S r, so where delta is not 0, q . dq is.
 
-    No one writes to P_smem while it is read: q . y comes after the product with the P before.
+    No one writes to P while it is read: q . y comes after the product with the P before.
     """
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     vector: gl.constexpr = gl.SliceLayout(1, layout)
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
     offs_l = gl.arange(0, BLOCK, layout=vector)
-    for number in range(count):
-        stage, tile = number % STAGES, first + number
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        dh, v = dh_smem.index(stage).reshape([BLOCK, BV]), v_smem.index(stage).reshape([BLOCK, BV])
-        k, q = k_smem.index(stage).reshape([BLOCK, BK]), q_smem.index(stage).reshape([BLOCK, BK])
-        rows = tile_rows(rows_smem, stage, BLOCK)
+    for number in range(walk.count):
+        tile = tile_at(walk, number, False)
+        wait_full(walk.full, number)
+        dh, v, k, q = matrix(smem.dh, number), matrix(smem.v, number), matrix(smem.k, number), matrix(smem.q, number)
+        rows = rows_of(walk, number)
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         dP = warpgroup_mma(dh, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores]) * gates(rows, False, BLOCK, layout)
+        scores = warpgroup_mma_wait(1, deps=[scores]) * gates(rows, False, layout)
         dP = warpgroup_mma_wait(0, deps=[dP])
         dh_h, sign, read = gl.sum(scores * dP, axis=1), rows.index(7).load(vector), rows.index(5).load(vector)
-        Wr = gates(rows, False, BLOCK, layout)  # formed anew: there are not registers enough for three such tiles
+        Wr = gates(rows, False, layout)  # formed anew: there are not registers enough for three such tiles
         dP = dP * Wr
 
-        mbarrier.wait(q_y_full.index(0), number & 1)
-        q_y = q_y_smem.index(0).load(vector)
-        if BK > 64:
-            q_y += q_y_smem.index(1).load(vector)
+        wait_full(smem.q_y_full, number)
+        q_y = smem.q_y.index(0).load(vector)
+        if smem.q_y.shape[0] > 1:
+            q_y += smem.q_y.index(1).load(vector)
         dh_h += read * q_y
         delta = sign * dh_h
-        P_smem.store((dP + delta[:, None] * Wr).to(gl.bfloat16))
-        delta_smem.store(delta * read)
+        smem.P.store((dP + delta[:, None] * Wr).to(gl.bfloat16))
+        smem.delta.store(delta * read)
         fence_async_shared()
-        mbarrier.arrive(P_full.index(0), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(smem.P_full, number)
+        arrive(walk.empty, number)
         gl.store(delta_ptr + tile * 8 * BLOCK + offs_l, delta)
         offs_t = tile * BLOCK + offs_l
         gl.store(q_dq_ptr + offs_t, gl.where(sign == 0.0, dh_h, 0.0), mask=offs_t < T)
@@ -1232,134 +1212,116 @@ def dq_kernel(
     warpgroups, as no warpgroup has registers for more of C.
     """
     HALVES: gl.constexpr = BK // 64
-    _, bh, batch, head_, first, count = program_of_span(1, NT, NH, SPAN)
-    spans = (NT + SPAN - 1) // SPAN
-    dh_smem, k_smem, v_smem = ring(dh_desc, STAGES), ring(k_desc, STAGES), ring(v_desc, STAGES)
-    q_smem, n_smem, rows_smem = ring(q_desc, STAGES), ring(n_desc, STAGES), ring(rows_desc, STAGES)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
+    _, bh, batch, head_, span, first, count = program_of_span(1, NT, NH, SPAN)
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES + 1), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    delta_smem = gl.allocate_shared_memory(gl.float32, [BLOCK], plain)
-    q_y_smem = gl.allocate_shared_memory(gl.float32, [HALVES, BLOCK], plain)
-    weighted_smem = ring(dq_desc, HALVES)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES + 1)
-    P_full, q_y_full = new_barriers(1, 1), new_barriers(1, HALVES)
+    smem = DqBuffers(
+        dh=ring(dh_desc, STAGES),
+        k=ring(k_desc, STAGES),
+        v=ring(v_desc, STAGES),
+        q=ring(q_desc, STAGES),
+        n=ring(n_desc, STAGES),
+        P=gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2)),
+        delta=gl.allocate_shared_memory(gl.float32, [BLOCK], plain),
+        q_y=gl.allocate_shared_memory(gl.float32, [HALVES, BLOCK], plain),
+        weighted=ring(dq_desc, HALVES),
+        P_full=new_barriers(1, 1),
+        q_y_full=new_barriers(1, HALVES),
+    )
     fence_async_shared()
-    decay_ptr, q_dq_ptr, delta_ptr = decay_ptr + bh * NT, q_dq_ptr + bh * T, rows_ptr + (bh * NT * 8 + 7) * BLOCK
     if first_ptr is not None:
-        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+        first_ptr += span * DQK * DHV
+    delta_ptr = rows_ptr + (bh * NT * 8 + 7) * BLOCK
+    descriptors = (rows_desc, dh_desc, k_desc, v_desc, q_desc, n_desc)
+    rings = (walk.rows, smem.dh, smem.k, smem.v, smem.q, smem.n)
     gl.warp_specialize(
         [
-            (
-                dq_state_partition,
-                (
-                    dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem,
-                    delta_smem, q_y_smem, weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count, 0,
-                    BLOCK, DQK, DHV, BK, BV, STAGES,
-                ),
-            ),
-            (
-                dq_second_half_partition,
-                (
-                    dq_desc, decay_ptr, first_ptr, dh_smem, k_smem, v_smem, q_smem, n_smem, rows_smem, P_smem,
-                    delta_smem, q_y_smem, weighted_smem, full, empty, P_full, q_y_full, batch, head_, first, count,
-                    BLOCK, DQK, DHV, BK, BV, STAGES,
-                ),
-            ),
-            (
-                dq_scores_partition,
-                (
-                    dh_smem, k_smem, v_smem, q_smem, rows_smem, P_smem, delta_smem, q_y_smem, delta_ptr, q_dq_ptr,
-                    full, empty, P_full, q_y_full, first, count, T, BLOCK, BK, BV, STAGES,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    dh_desc, k_desc, v_desc, q_desc, n_desc, rows_desc, dh_smem, k_smem, v_smem, q_smem, n_smem,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), 0, 0, 0, bh.to(gl.int32) * (NT + 1), first,
-                    count, NT, False, BLOCK, STAGES,
-                ),
-            ),
+            (dq_state_partition, (walk, smem, dq_desc, first_ptr, 0, DQK, DHV)),
+            (dq_second_half_partition, (walk, smem, dq_desc, first_ptr, DQK, DHV)),
+            (dq_scores_partition, (walk, smem, delta_ptr, q_dq_ptr + bh * T, T)),
+            (load_partition, (walk, descriptors, rings, (0, 0, 0, 0, 0, 0), False)),
         ],
+        # Of a second half that is not there, one warp, which ends at once.
         [4 if HALVES > 1 else 1, 4, 1],
         [192 if HALVES > 1 else 24, 104, 24],
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # dk
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers and barriers of dk_kernel, beside those of its walk.
+DkBuffers = namedtuple("DkBuffers", "v q dh k dn P weighted dC dk P_full P_empty dn_full")
+
+
 @gluon.jit
 def dk_state_partition(
-    dk_desc, k_dk_ptr, decay_ptr, first_ptr,
-    v_smem, q_smem, dh_smem, k_smem, dn_smem, rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full,
-    P_empty, dn_full, batch, head_, first_k, first, count, T,
-    BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    STAGES: gl.constexpr,
+    walk, smem, dk_desc, k_dk_ptr, first_ptr, first_k, T, DQK: gl.constexpr, DHV: gl.constexpr
 ):  # fmt: skip
     """Keeps a tile of dC^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    BV: gl.constexpr = smem.dC.shape[0]
+    BK: gl.constexpr = smem.dC.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BK, 16])
     dC = load_state(first_ptr, 0, first_k, 1, DHV, DHV, DQK, BV, BK, layout)
     zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, True)
-        decay = gl.load(decay_ptr + tile)
-        dC_smem.store(dC.to(gl.bfloat16))
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        v, q = v_smem.index(stage).reshape([BLOCK, BV]), q_smem.index(stage).reshape([BLOCK, BK])
-        dh, k = dh_smem.index(stage).reshape([BLOCK, BV]), k_smem.index(stage).reshape([BLOCK, BK])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        weighted_smem.store(weighted_keys(q, rows.index(5)))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, True)
+        decay = gl.load(walk.decay_ptr + tile)
+        smem.dC.store(dC.to(gl.bfloat16))
+        wait_full(walk.full, number)
+        v, q, dh, k = matrix(smem.v, number), matrix(smem.q, number), matrix(smem.dh, number), matrix(smem.k, number)
+        rows = rows_of(walk, number)
+        smem.weighted.store(weighted_keys(q, rows.index(5)))
         fence_async_shared()
         dC = dC * decay
         read = rows.index(6).load(gl.SliceLayout(1, layout))[:, None]
 
-        y = warpgroup_mma(v, dC_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
-        dC = warpgroup_mma(dh.permute((1, 0)), weighted_smem, dC, is_async=True)
-        mbarrier.wait(dn_full.index(stage), number // STAGES & 1)
-        dn = dn_smem.index(stage).load(gl.SliceLayout(0, layout))[None, :]
-        mbarrier.wait(P_full.index(0), number & 1)
+        y = warpgroup_mma(v, smem.dC, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
+        dC = warpgroup_mma(dh.permute((1, 0)), smem.weighted, dC, is_async=True)
+        wait_full(smem.dn_full, number)
+        dn = buffer(smem.dn, number).load(gl.SliceLayout(0, layout))[None, :]
+        wait_full(smem.P_full, number)
         y = (warpgroup_mma_wait(1, deps=[y]) + dn) * read
         k_y = k.load(layout).to(gl.float32) * y
-        y = warpgroup_mma(P_smem.index(0), q, y, is_async=True)
+        y = warpgroup_mma(buffer(smem.P, number), q, y, is_async=True)
         offs_t = tile * BLOCK + offs_l
         gl.store(k_dk_ptr + offs_t, gl.sum(k_y, axis=1), mask=offs_t < T)  # the state's part of k . dk
         y, dC = warpgroup_mma_wait(0, deps=[y, dC])
         tma.store_wait(0)
-        dk_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
+        smem.dk.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
         fence_async_shared()
-        mbarrier.arrive(P_empty.index(0), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
-        tma.async_copy_shared_to_global(dk_desc, [batch, head_, tile * BLOCK, first_k], dk_smem)
+        arrive(smem.P_empty, number)
+        arrive(walk.empty, number)
+        tma.async_copy_shared_to_global(dk_desc, [walk.batch, walk.head, tile * BLOCK, first_k], smem.dk)
     tma.store_wait(0)
 
 
 @gluon.jit
-def dk_scores_partition(
-    v_smem, dh_smem, k_smem, q_smem, rows_smem, P_smem, k_dk_ptr, full, empty, P_full, P_empty, first, count, T,
-    BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def dk_scores_partition(walk, smem, k_dk_ptr, T):
     """P = (V dH^T + delta) * Wr^T of tile after tile, from the last to the first; the row sums of P * K Q^T."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, True)
-        dP = products_of_rows(v_smem, dh_smem, full, number, BLOCK, BV, STAGES)
-        rows = tile_rows(rows_smem, stage, BLOCK)
+    for number in range(walk.count):
+        tile = tile_at(walk, number, True)
+        dP = products_of_rows(walk, smem.v, smem.dh, number)
+        rows = rows_of(walk, number)
         dP = warpgroup_mma_wait(0, deps=[dP]) + rows.index(7).load(gl.SliceLayout(0, layout))[None, :]
-        P = dP * gates(rows, True, BLOCK, layout)
-        mbarrier.wait(P_empty.index(0), (number & 1) ^ 1)
-        P_smem.index(0).store(P.to(gl.bfloat16))
+        P = dP * gates(rows, True, layout)
+        wait_empty(smem.P_empty, number)
+        buffer(smem.P, number).store(P.to(gl.bfloat16))
         fence_async_shared()
-        mbarrier.arrive(P_full.index(0), count=1)
-        k, q = k_smem.index(stage).reshape([BLOCK, BK]), q_smem.index(stage).reshape([BLOCK, BK])
+        arrive(smem.P_full, number)
+        k, q = matrix(smem.k, number), matrix(smem.q, number)
         scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         offs_t = tile * BLOCK + offs_l
         gl.store(k_dk_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(walk.empty, number)
 
 
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
@@ -1374,59 +1336,40 @@ def dk_kernel(
     sums of P * K Q^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
-    tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
-    spans = (NT + SPAN - 1) // SPAN
-    v_smem, q_smem, dh_smem = ring(v_desc, STAGES), ring(q_desc, STAGES), ring(dh_desc, STAGES)
-    k_smem, rows_smem = ring(k_desc, STAGES), ring(rows_desc, STAGES)
-    dn_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_k, bh, batch, head_, span, first, count = program_of_span(TILES, NT, NH, SPAN)
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, 3), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
-    dC_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
-    dk_smem = gl.allocate_shared_memory(gl.bfloat16, dk_desc.block_type.shape, dk_desc.layout)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 3)
-    P_full, P_empty, dn_full = new_barriers(1, 1), new_barriers(1, 1), new_barriers(STAGES, 1)
+    smem = DkBuffers(
+        v=ring(v_desc, STAGES),
+        q=ring(q_desc, STAGES),
+        dh=ring(dh_desc, STAGES),
+        k=ring(k_desc, STAGES),
+        dn=gl.allocate_shared_memory(gl.float32, [STAGES, BK], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        P=gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled),
+        weighted=gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled),
+        dC=gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled),
+        dk=gl.allocate_shared_memory(gl.bfloat16, dk_desc.block_type.shape, dk_desc.layout),
+        P_full=new_barriers(1, 1),
+        P_empty=new_barriers(1, 1),
+        dn_full=new_barriers(STAGES, 1),
+    )
     fence_async_shared()
-    decay_ptr, dn_ptr = decay_ptr + bh * NT, dn_ptr + bh * (NT + 1) * DQK
     if first_ptr is not None:
-        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    k_dk_tile_ptr, k_dk_state_ptr = k_dk_tile_ptr + (tile_k * BH + bh) * T, k_dk_state_ptr + (tile_k * BH + bh) * T
+        first_ptr += span * DQK * DHV
+    first_k, offs = tile_k * BK, (tile_k * BH + bh) * T
+    dn_ptr += bh * (NT + 1) * DQK
+    descriptors, rings = (rows_desc, v_desc, q_desc, dh_desc, k_desc), (walk.rows, smem.v, smem.q, smem.dh, smem.k)
     gl.warp_specialize(
         [
-            (
-                dk_state_partition,
-                (
-                    dk_desc, k_dk_state_ptr, decay_ptr, first_ptr, v_smem, q_smem, dh_smem, k_smem, dn_smem,
-                    rows_smem, P_smem, weighted_smem, dC_smem, dk_smem, full, empty, P_full, P_empty, dn_full, batch,
-                    head_, tile_k * BK, first, count, T, BLOCK, DQK, DHV, BK, BV, STAGES,
-                ),
-            ),
-            (
-                dk_scores_partition,
-                (
-                    v_smem, dh_smem, k_smem, q_smem, rows_smem, P_smem, k_dk_tile_ptr, full, empty, P_full, P_empty,
-                    first, count, T, BLOCK, BK, BV, STAGES,
-                ),
-            ),
-            (
-                normalizer_partition,
-                (
-                    q_smem, dn_smem, rows_smem, dn_ptr, decay_ptr, full, empty, dn_full, tile_k * BK, first, count,
-                    DN_KNOWN, True, BLOCK, DQK, BK, STAGES,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    v_desc, q_desc, dh_desc, k_desc, None, rows_desc, v_smem, q_smem, dh_smem, k_smem, None, rows_smem,
-                    full, empty, batch, head_, bh.to(gl.int32), 0, tile_k * BK, 0, 0, first, count, NT, True, BLOCK,
-                    STAGES,
-                ),
-            ),
+            (dk_state_partition, (walk, smem, dk_desc, k_dk_state_ptr + offs, first_ptr, first_k, T, DQK, DHV)),
+            (dk_scores_partition, (walk, smem, k_dk_tile_ptr + offs, T)),
+            (normalizer_partition, (walk, smem.q, smem.dn, smem.dn_full, dn_ptr, first_k, DQK, DN_KNOWN, True)),
+            (load_partition, (walk, descriptors, rings, (0, 0, first_k, 0, first_k), True)),
         ],
         [4, 2, 1],
         [136, 104, 104],
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1661,8 +1604,7 @@ def dgates_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # A launch takes the CPU about as long as the smallest kernels take the GPU, so a few things here are done once, or
 # without the functions that Triton has for them: layouts, descriptors, rounding up.
-STEPS_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-ROWS_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)
+LAYOUTS = {torch.bfloat16: gl.NVMMASharedLayout(128, 16, 4), torch.float32: gl.NVMMASharedLayout(0, 32, 4)}
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -1674,16 +1616,9 @@ def power_of_2(D: int) -> int:
     return 1 << (D - 1).bit_length()
 
 
-def describe(x: Tensor, columns: int) -> TensorDescriptor:
-    """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
-    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, BLOCK, columns], STEPS_LAYOUT)
-
-
-def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
-    """x (.., D) in float32, some rows at a time."""
-    return TensorDescriptor(
-        x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], ROWS_LAYOUT
-    )
+def describe(x: Tensor, columns: int, number: int = BLOCK) -> TensorDescriptor:
+    """x (B, NH, .., D) as the copy engine reads and writes it: of a tile `number` rows, some columns of them."""
+    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, number, columns], LAYOUTS[x.dtype])
 
 
 def copy_engine_reads(x: Tensor) -> bool:
@@ -1787,7 +1722,7 @@ def starts_of_spans(
     needed, p = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN, walk_options(DQK, DHV, DQK, DHV, most=4)
     tiles = ceil_div(DQK, p["BR"]) * ceil_div(DHV, p["BC"])
     walk_kernel[(tiles * needed * B * NH,)](
-        None, describe(v, p["BC"]), describe(k, p["BR"]), None, None, describe_rows(rows, 8, BLOCK), decay, None, C,
+        None, describe(v, p["BC"]), describe(k, p["BR"]), None, None, describe(rows, BLOCK, 8), decay, None, C,
         None, None, None, weights, NT, NH, B * NH, PIECE, needed, PER_SPAN if backward else 0,
         BACKWARD=backward, **p,
     )  # fmt: skip
@@ -1831,7 +1766,7 @@ def walk_along_keys(
     SPANS = ceil_div(NT, SPAN)
     walk_kernel[(ceil_div(DHV, o["BR"]) * SPANS * BH,)](
         describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), describe(P, BLOCK), describe(y, 64),
-        describe_rows(rows, 8, BLOCK), decay, starts, last, None, borders, carry,
+        describe(rows, BLOCK, 8), decay, starts, last, None, borders, carry,
         None, NT, NH, BH, SPAN, SPANS, 0, BACKWARD=backward, **o,
     )  # fmt: skip
 
@@ -1845,7 +1780,7 @@ def walk_along_values(
     parts, SPANS = ceil_div(DHV, o["BC"]), ceil_div(NT, SPAN)
     y = torch.empty(parts, BH, NT, BLOCK, DQK, dtype=torch.float32, device=a.device)
     walk_kernel[(ceil_div(DQK, o["BR"]) * parts * SPANS * BH,)](
-        describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), None, None, describe_rows(rows, 8, BLOCK),
+        describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), None, None, describe(rows, BLOCK, 8),
         decay, starts, None, y, None, None, None, NT, NH, BH, SPAN, SPANS, 0, BACKWARD=backward, **o,
     )  # fmt: skip
     return y
@@ -1858,7 +1793,7 @@ def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtyp
     NT, BV, BK = (T + BLOCK - 1) // BLOCK, *keys_tile(DQK, DHV)
     whole = (DHV + BV - 1) // BV * BV, BK
     return [
-        ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32), ((B, NH, NT + 1, DQK), torch.float32),
+        ((B, NH, NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32), ((B, NH, NT + 1, DQK), torch.float32),
         ((B, NH, T), torch.float32), ((B, NH, max(NT - 1, 0) // BORDER, *whole), torch.bfloat16),
         ((B, NH, NT * BLOCK if is_wide(DQK, DHV) else 0, BLOCK), torch.bfloat16),
     ]  # fmt: skip
@@ -1910,7 +1845,7 @@ def launch_forward(
         o = keys_options(DQK, DHV)
         keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
         state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
-            keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK),
+            keys(q), keys(k), values(v), values(h), describe(rows, BLOCK, 8),
             decay, starts, C_T, n, S, borders, None, T, NT, NH, BH, SPAN, SPAN < NT, BACKWARD=False, **o,
         )  # fmt: skip
     final = (C_T, n[:, :, -1].clone(), m[:, :, -1].clone()) if return_state else _no_state(q)
@@ -1951,7 +1886,7 @@ def launch_backward(
         o = keys_options(DQK, DHV)
         keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
         state_times_keys_kernel[(tiles_v * ceil_div(NT, SPAN) * BH,)](
-            keys(k), keys(q), values(dh), values(dv), describe_rows(rows, 8, BLOCK), decay, ends, dC_0, None, None,
+            keys(k), keys(q), values(dh), values(dv), describe(rows, BLOCK, 8), decay, ends, dC_0, None, None,
             borders, carry, T, NT, NH, BH, SPAN, False, BACKWARD=True, **o,
         )  # fmt: skip
 
@@ -1973,9 +1908,9 @@ def launch_backward(
         )  # fmt: skip
         del y  # of heads of 256/512 it is twice as large as q and k together: not to be kept beside that of dk
     else:
-        v_, dh_, rows_ = describe(v, p["BV"]), describe(dh, p["BV"]), describe_rows(rows, 8, BLOCK)
+        v_, dh_, rows_ = describe(v, p["BV"]), describe(dh, p["BV"]), describe(rows, BLOCK, 8)
         dq_kernel[(ceil_div(NT, SPAN_DQ) * BH,)](
-            dh_, describe(k, p["BK"]), v_, describe(q, p["BK"]), describe(dq, 64), describe_rows(n, 1, p["BK"]),
+            dh_, describe(k, p["BK"]), v_, describe(q, p["BK"]), describe(dq, 64), describe(n, p["BK"], 1),
             rows_, rows, q_dq, decay, starts, T, NT, NH, SPAN_DQ, **p,
         )  # fmt: skip
 

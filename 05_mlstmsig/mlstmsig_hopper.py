@@ -31,7 +31,7 @@ end of their span (backward: by its beginning).
 
 Glossary (name in code = symbol = shape):
     b        sum of log sigmoid(f) since the tile began, without resets
-    rows     of each tile eight rows of 64 steps in float32                   (B * NH * tiles * 8, 64)
+    rows     of each tile eight rows of 64 steps in float32                   (B, NH, tiles * 8, 64)
                0, 1  log2 of s e^b, and of sigmoid(i) e^-b
                2, 3  start, end: where in the tile step i's document begins, and where step j's ends
                4, 7  nothing; stage 04 has more numbers to keep
@@ -46,6 +46,8 @@ Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv
 
 Copy this file: it needs torch and triton, 3.6 or newer.
 """
+
+from collections import namedtuple
 
 import torch
 from torch import Tensor
@@ -229,62 +231,129 @@ def starts_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the walks share. BACKWARD: the walk goes from the last tile to the first, and the roles of w_read and w_end are
-# exchanged. The ring has STAGES buffers; "full" and "empty" are their barriers.
+# What the walks share
 # ---------------------------------------------------------------------------------------------------------------------
+# What all roles of a program know: it walks along `count` tiles of NT, from `first` on, in head `head` of sequence
+# `batch`, with its decays at decay_ptr. Tiles come into rings of buffers: here are the ring of their rows, and the
+# barriers "full" and "empty" of all rings. BACKWARD, a walk goes from the last tile to the first, and w_read and w_end
+# have exchanged their roles.
+Walk = namedtuple("Walk", "batch head first count NT decay_ptr rows full empty")
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::new_barriers
+@gluon.jit
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(number):
+        mbarrier.init(barriers.index(index), count=arrivals)
+    return barriers
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::ring
+@gluon.jit
+def ring(descriptor, STAGES: gl.constexpr):
+    return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::program_of_span
+@gluon.jit
+def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
+    """(tile of the head dimension, head of all heads, its sequence, its number there, span of all spans, its tiles)."""
+    spans = (NT + SPAN - 1) // SPAN
+    tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
+    bh, first = (program // spans).to(gl.int64), program % spans * SPAN
+    batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
+    return tile, bh, batch, head_, program.to(gl.int64), first, gl.minimum(SPAN, NT - first)
+
+
 # same as 04_tfla_triton/mlstm_hopper.py::tile_at
 @gluon.jit
-def tile_at(n, first, count, BACKWARD: gl.constexpr):
-    """The tile that comes n-th in a span of `count` tiles."""
-    return first + (count - 1 - n) if BACKWARD else first + n
+def tile_at(walk, number, BACKWARD: gl.constexpr):
+    """The tile that comes number-th."""
+    return walk.first + (walk.count - 1 - number) if BACKWARD else walk.first + number
 
 
-# same as 04_tfla_triton/mlstm_hopper.py::tile_rows
+# same as 04_tfla_triton/mlstm_hopper.py::next_decay
 @gluon.jit
-def tile_rows(rows_smem, stage, BLOCK: gl.constexpr):
-    """The rows in a buffer, each a vector in plain order."""
+def next_decay(walk, number, BACKWARD: gl.constexpr):
+    """The decay of the tile behind the number-th one; behind the last tile, its own."""
+    return gl.load(walk.decay_ptr + tile_at(walk, gl.minimum(number + 1, walk.count - 1), BACKWARD))
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::buffer
+@gluon.jit
+def buffer(ring, number):
+    """What the number-th tile has in a ring, of buffers or of barriers."""
+    return ring.index(number % ring.shape[0])
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::matrix
+@gluon.jit
+def matrix(ring, number):
+    """Of q, k, v or the like, (steps x columns)."""
+    return buffer(ring, number).reshape([ring.shape[3], ring.shape[4]])
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::rows_of
+@gluon.jit
+def rows_of(walk, number):
+    """Each a vector in plain order."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return rows_smem.index(stage)._reinterpret(gl.float32, [8, BLOCK], layout)
+    return buffer(walk.rows, number)._reinterpret(gl.float32, [walk.rows.shape[3], walk.rows.shape[4]], layout)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::wait_full
+@gluon.jit
+def wait_full(barriers, number):
+    """Until a buffer has what it is to have of the number-th tile."""
+    mbarrier.wait(buffer(barriers, number), number // barriers.shape[0] & 1)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::wait_empty
+@gluon.jit
+def wait_empty(barriers, number):
+    """Until what the buffer had before the number-th tile is needed no more."""
+    mbarrier.wait(buffer(barriers, number), (number // barriers.shape[0] & 1) ^ 1)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::arrive
+@gluon.jit
+def arrive(barriers, number):
+    """Says that it is full, or empty."""
+    mbarrier.arrive(buffer(barriers, number), count=1)
+
+
+# same as 04_tfla_triton/mlstm_hopper.py::size_in_bytes
+@gluon.constexpr_function
+def size_in_bytes(descriptors):
+    return sum(descriptor.block_type.nbytes for descriptor in descriptors)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::load_partition
 @gluon.jit
-def load_partition(
-    a_desc, b_desc, x_desc, own_desc, n_desc, rows_desc, a_smem, b_smem, x_smem, own_smem, n_smem, rows_smem,
-    full, empty, batch, head_, bh, first_a, first_b, first_x, first_n, first, count, NT,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Fills the ring as fast as the other roles empty it. Past the end of the sequence there are zeros."""
-    a_size: gl.constexpr = 0 if a_desc is None else a_desc.block_type.nbytes
-    size: gl.constexpr = a_size + b_desc.block_type.nbytes + x_desc.block_type.nbytes
-    own_size: gl.constexpr = 0 if own_desc is None else own_desc.block_type.nbytes
-    n_size: gl.constexpr = 0 if n_desc is None else n_desc.block_type.nbytes
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        mbarrier.wait(empty.index(stage), (number // STAGES & 1) ^ 1)
-        barrier = full.index(stage)
-        mbarrier.expect(barrier, size + own_size + n_size + rows_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(rows_desc, [(bh * NT + tile) * 8, 0], barrier, rows_smem.index(stage))
-        if a_desc is not None:
-            tma.async_copy_global_to_shared(a_desc, [batch, head_, tile * BLOCK, first_a], barrier, a_smem.index(stage))
-        tma.async_copy_global_to_shared(b_desc, [batch, head_, tile * BLOCK, first_b], barrier, b_smem.index(stage))
-        tma.async_copy_global_to_shared(x_desc, [batch, head_, tile * BLOCK, first_x], barrier, x_smem.index(stage))
-        if own_desc is not None:
-            tma.async_copy_global_to_shared(
-                own_desc, [batch, head_, tile * BLOCK, first_b], barrier, own_smem.index(stage)
-            )
-        if n_desc is not None:
-            row = first_n + tile * n_desc.block_type.shape[0]
-            tma.async_copy_global_to_shared(n_desc, [row, first_b], barrier, n_smem.index(stage))
+def load_partition(walk, descriptors, rings, columns, BACKWARD: gl.constexpr):
+    """Fills these rings as fast as the other roles empty them, with tiles from these columns on.
+
+    Past the end of the sequence there are zeros.
+    """
+    for number in range(walk.count):
+        wait_empty(walk.empty, number)
+        full = buffer(walk.full, number)
+        mbarrier.expect(full, size_in_bytes(descriptors))
+        for x in gl.static_range(len(descriptors)):
+            row = tile_at(walk, number, BACKWARD) * descriptors[x].block_type.shape[2]
+            place = [walk.batch, walk.head, row, columns[x]]
+            tma.async_copy_global_to_shared(descriptors[x], place, full, buffer(rings[x], number))
 
 
 @gluon.jit
-def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+def gates(rows, BACKWARD: gl.constexpr, layout: gl.constexpr):
     """Wr, with steps i as rows and j as columns; backward: Wr^T.
 
     Either way a document is seen by the row's own bound, so that the columns need one number each: log2 of their part.
     The exponent is masked, not the product: elsewhere it may be huge.
     """
+    BLOCK: gl.constexpr = rows.shape[1]
     row = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))[None, :]
     own, other = (1, 0) if BACKWARD else (0, 1)
@@ -300,41 +369,36 @@ def gates(rows, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexp
 
 # same as 04_tfla_triton/mlstm_hopper.py::products_of_rows
 @gluon.jit
-def products_of_rows(
-    a_smem, b_smem, full, number, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """Starts A B^T of a tile."""
+def products_of_rows(walk, a_ring, b_ring, number):
+    """Waits for the number-th tile and starts its A B^T."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    stage = number % STAGES
-    mbarrier.wait(full.index(stage), number // STAGES & 1)
-    a, b = a_smem.index(stage).reshape([BLOCK, D]), b_smem.index(stage).reshape([BLOCK, D])
+    wait_full(walk.full, number)
+    a, b = matrix(a_ring, number), matrix(b_ring, number)
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
     return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::scores_partition
 @gluon.jit
-def scores_partition(
-    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
-):  # fmt: skip
+def scores_partition(walk, smem, BACKWARD: gl.constexpr):
     """P = A B^T * Wr (backward: Wr^T) of tile after tile, in bfloat16.
 
     While the others are told of a tile, the matrix unit has the products of the next.
     """
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    scores = products_of_rows(a_smem, b_smem, full, 0, BLOCK, D, STAGES)
+    scores = products_of_rows(walk, smem.a, smem.b, 0)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    for number in range(count):
-        stage, P_stage = number % STAGES, number % P_STAGES
-        P = scores * gates(tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
-        mbarrier.wait(P_empty.index(P_stage), (number // P_STAGES & 1) ^ 1)
-        P_smem.index(P_stage).store(P.to(gl.bfloat16))
+    for number in range(walk.count):
+        P = scores * gates(rows_of(walk, number), BACKWARD, layout)
+        wait_empty(smem.P_empty, number)
+        buffer(smem.P, number).store(P.to(gl.bfloat16))
         # Past the last tile, that one once more, which nobody looks at.
-        scores = products_of_rows(a_smem, b_smem, full, gl.minimum(number + 1, count - 1), BLOCK, D, STAGES)
+        scores = products_of_rows(walk, smem.a, smem.b, gl.minimum(number + 1, walk.count - 1))
         fence_async_shared()
-        mbarrier.arrive(P_full.index(P_stage), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(smem.P_full, number)
+        arrive(walk.empty, number)
         scores = warpgroup_mma_wait(0, deps=[scores])
 
 
@@ -364,44 +428,23 @@ def load_state(
         return gl.load(ptr + row * stride_row + column * stride_column, mask=mask, other=0.0)
 
 
-# same as 04_tfla_triton/mlstm_hopper.py::new_barriers
-@gluon.jit
-def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(number):
-        mbarrier.init(barriers.index(index), count=arrivals)
-    return barriers
-
-
-# same as 04_tfla_triton/mlstm_hopper.py::ring
-@gluon.jit
-def ring(descriptor, STAGES: gl.constexpr):
-    return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
-
-
-# same as 04_tfla_triton/mlstm_hopper.py::program_of_span
-@gluon.jit
-def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
-    """(tile of the head dimension, head, its batch entry and number there, first tile of the span, how many tiles)."""
-    spans = (NT + SPAN - 1) // SPAN
-    tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
-    bh, first = (program // spans).to(gl.int64), program % spans * SPAN
-    return tile, bh, (bh // NH).to(gl.int32), (bh % NH).to(gl.int32), first, gl.minimum(SPAN, NT - first)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # h and dv
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers and barriers of state_times_keys_kernel, beside those of its walk.
+KeysBuffers = namedtuple("KeysBuffers", "a b x P weighted y P_full P_empty")
+
+
 @gluon.jit
 def keys_state_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, rows_smem, P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty,
-    batch, head_, first_v, first, count, NT,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
-    BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, P_STAGES: gl.constexpr,
+    walk, smem, y_desc, first_ptr, last_ptr, border_ptr, carry_ptr, first_v,
+    DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """Keeps a tile of C^T (BV x BK) in registers, where a matrix product can read its left operand."""
     WARPS: gl.constexpr = gl.num_warps()
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    BK: gl.constexpr = smem.b.shape[4]
+    BV: gl.constexpr = smem.x.shape[4]
     layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout_y, 2)
@@ -412,42 +455,41 @@ def keys_state_partition(
     v = first_v + gl.arange(0, BV, layout=gl.SliceLayout(1, layout_C))[:, None]
     k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout_C))[None, :]
     SIZE: gl.constexpr = (DHV + BV - 1) // BV * BV * BK  # of the state with the zeros that fill its tiles
-    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
-    for number in range(count):
-        stage, P_stage, tile = number % STAGES, number % P_STAGES, tile_at(number, first, count, BACKWARD)
+    decay = gl.load(walk.decay_ptr + tile_at(walk, 0, BACKWARD))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, BACKWARD)
         border = (tile // BORDER - 1) * SIZE + v * BK + k
         if not BACKWARD and tile % BORDER == 0 and tile > 0:
             gl.store(border_ptr + border, C.to(gl.bfloat16))
         C_operand = gl.convert_layout(C.to(gl.bfloat16), operand)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        a, b = a_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
-        x = x_smem.index(stage).reshape([BLOCK, BV]).permute((1, 0))
-        rows = tile_rows(rows_smem, stage, BLOCK)
+        wait_full(walk.full, number)
+        a, b, x = matrix(smem.a, number), matrix(smem.b, number), matrix(smem.x, number).permute((1, 0))
+        rows = rows_of(walk, number)
 
         y = warpgroup_mma(C_operand, a.permute((1, 0)), zero, use_acc=False, is_async=True)  # (BV, BLOCK)
-        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
+        smem.weighted.store(weighted_keys(b, rows.index(WRITE)))  # while the product runs
         fence_async_shared()
         read = rows.index(READ).load(gl.SliceLayout(0, layout_y))[None, :]
         C = C * decay
-        decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))
-        mbarrier.wait(P_full.index(P_stage), number // P_STAGES & 1)
+        decay = next_decay(walk, number, BACKWARD)
+        wait_full(smem.P_full, number)
         y = warpgroup_mma_wait(0, deps=[y])
-        y = warpgroup_mma(x, P_smem.index(P_stage).permute((1, 0)), y * read, is_async=True)
-        C = warpgroup_mma(x, weighted_smem, C, is_async=True)
+        y = warpgroup_mma(x, buffer(smem.P, number).permute((1, 0)), y * read, is_async=True)
+        C = warpgroup_mma(x, smem.weighted, C, is_async=True)
         y = warpgroup_mma_wait(1, deps=[y])
         tma.store_wait(0)  # the last tile's y has left its buffer
-        y_smem.reshape([BLOCK, BV]).permute((1, 0)).store(y.to(gl.bfloat16))
+        smem.y.reshape([BLOCK, BV]).permute((1, 0)).store(y.to(gl.bfloat16))
         fence_async_shared()
         C = warpgroup_mma_wait(0, deps=[C])
-        mbarrier.arrive(P_empty.index(P_stage), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
-        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_v], y_smem)
+        arrive(smem.P_empty, number)
+        arrive(walk.empty, number)
+        tma.async_copy_shared_to_global(y_desc, [walk.batch, walk.head, tile * BLOCK, first_v], smem.y)
         if BACKWARD and tile % BORDER == 0 and tile > 0:
             C_then = gl.load(border_ptr + border).to(gl.float32)
             gl.store(carry_ptr + tile // BORDER, gl.sum(gl.sum(C_then * C, axis=1), axis=0))
     tma.store_wait(0)
     if last_ptr is not None:  # noqa: SIM102, it is decided when this is compiled
-        if (first == 0) if BACKWARD else (first + count == NT):
+        if (walk.first == 0) if BACKWARD else (walk.first + walk.count == walk.NT):
             gl.store(last_ptr + k * DHV + v, C, mask=(v < DHV) & (k < DQK))
 
 
@@ -464,50 +506,41 @@ def state_times_keys_kernel(
     backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
-    tile_v, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
-    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
-    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    rows_smem = ring(rows_desc, STAGES)
+    tile_v, bh, batch, head_, span, first, count = program_of_span(TILES, NT, NH, SPAN)
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, 2), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
-    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
-    P_full, P_empty = new_barriers(P_STAGES, 1), new_barriers(P_STAGES, 1)
+    smem = KeysBuffers(
+        a=ring(a_desc, STAGES),
+        b=ring(b_desc, STAGES),
+        x=ring(x_desc, STAGES),
+        P=gl.allocate_shared_memory(gl.bfloat16, [P_STAGES, BLOCK, BLOCK], swizzled),
+        weighted=gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled),
+        y=gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout),
+        P_full=new_barriers(P_STAGES, 1),
+        P_empty=new_barriers(P_STAGES, 1),
+    )
     fence_async_shared()
-    decay_ptr += bh * NT
-    if last_ptr is not None:
-        last_ptr += bh * DQK * DHV
+    borders = (NT + BORDER - 1) // BORDER
     border_ptr += bh * (borders - 1) * TILES * BV * BK
     if first_ptr is not None:
-        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
+        first_ptr += span * DQK * DHV
+    if last_ptr is not None:
+        last_ptr += bh * DQK * DHV
     if carry_ptr is not None:
         carry_ptr += (tile_v * BH + bh) * (borders + 1)
+    descriptors, rings = (rows_desc, a_desc, b_desc, x_desc), (walk.rows, smem.a, smem.b, smem.x)
     gl.warp_specialize(
         [
             (
                 keys_state_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, rows_smem,
-                    P_smem, weighted_smem, y_smem, full, empty, P_full, P_empty, batch, head_, tile_v * BV,
-                    first, count, NT, BACKWARD, BLOCK, BORDER, DQK, DHV, BK, BV, STAGES, P_STAGES,
+                    walk, smem, y_desc, first_ptr, last_ptr, border_ptr, carry_ptr, tile_v * BV, DQK, DHV, BORDER,
+                    BACKWARD,
                 ),
             ),
-            (
-                scores_partition,
-                (
-                    a_smem, b_smem, rows_smem, P_smem, full, empty, P_full, P_empty, count, BACKWARD, BLOCK, BK,
-                    STAGES, P_STAGES,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    a_desc, b_desc, x_desc, None, None, rows_desc, a_smem, b_smem, x_smem, None, None, rows_smem, full,
-                    empty, batch, head_, bh.to(gl.int32), 0, 0, tile_v * BV, 0, first, count, NT, BACKWARD, BLOCK,
-                    STAGES,
-                ),
-            ),
+            (scores_partition, (walk, smem, BACKWARD)),
+            (load_partition, (walk, descriptors, rings, (0, 0, 0, tile_v * BV), BACKWARD)),
         ],
         [4, 1],
         [96 if BK + BV == 128 else 112, 24],
@@ -517,22 +550,31 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Wide heads, and the states that spans start from
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers of walk_kernel, beside those of its walk.
+WalkBuffers = namedtuple("WalkBuffers", "a b x P weighted")
+
+
 # same as 04_tfla_triton/mlstm_hopper.py::walk_state_partition
 @gluon.jit
 def walk_state_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, P_smem, rows_smem, weighted_smem, full, empty,
-    batch, head_, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end,
-    HALF: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
-    BC: gl.constexpr, STAGES: gl.constexpr,
+    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
+    HALF: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
+    BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """Keeps 64 rows of the state in registers, in pieces of 64 columns, each in turn the left operand of a product.
 
     All products are transposed: Y is (64 x BLOCK).
     """
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    BC: gl.constexpr = smem.b.shape[4]
     PIECES: gl.constexpr = BC // 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    ROWS_ARE_KEYS: gl.constexpr = y_desc is None
+    ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
+    COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
+    stride_row: gl.constexpr = DHV if ROWS_ARE_KEYS else 1
+    stride_column: gl.constexpr = 1 if ROWS_ARE_KEYS else DHV
     READ: gl.constexpr = 6 if BACKWARD else 5  # the rows with the weights for reading from the state,
     WRITE: gl.constexpr = 5 if BACKWARD else 6  # and for adding to it
     y = gl.zeros([64, BLOCK], gl.float32, layout=layout)
@@ -540,30 +582,29 @@ def walk_state_partition(
     row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
     # One buffer for two things of a tile: the weighted rows of X, then Y.
-    weighted = weighted_smem.index(HALF).reshape([BLOCK, 64])
+    weighted = smem.weighted.index(HALF).reshape([BLOCK, 64])
     C = ()
     for piece in gl.static_range(PIECES):
         C_piece = load_state(
             first_ptr, first_row, first_column + piece * 64, stride_row, stride_column, ROWS, COLUMNS, 64, 64, layout
         )
         C = C + (C_piece,)  # noqa: RUF005, Gluon knows +
-    decay = gl.load(decay_ptr + tile_at(0, first, count, BACKWARD))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        x = x_smem.index(stage).reshape([BLOCK, x_smem.shape[4]]).slice(HALF * 64, 64, dim=1)
-        b, rows = b_smem.index(stage).reshape([BLOCK, BC]), tile_rows(rows_smem, stage, BLOCK)
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
+    decay = gl.load(walk.decay_ptr + tile_at(walk, 0, BACKWARD))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, BACKWARD)
+        x = matrix(smem.x, number).slice(HALF * 64, 64, dim=1)
+        b, rows = matrix(smem.b, number), rows_of(walk, number)
+        wait_full(walk.full, number)
         decayed = ()
         for piece in gl.static_range(PIECES):
             decayed = decayed + (C[piece] * decay,)  # noqa: RUF005, Gluon knows +
-            if a_smem is not None:
+            if smem.a is not None:
                 C_operand = gl.convert_layout(C[piece].to(gl.bfloat16), operand)
                 if piece > 0:  # there is no room for more than one operand beside C
                     y = warpgroup_mma_wait(0, deps=[y])
-                a = a_smem.index(stage).reshape([BLOCK, BC]).slice(piece * 64, 64, dim=1)
+                a = matrix(smem.a, number).slice(piece * 64, 64, dim=1)
                 y = warpgroup_mma(C_operand, a.permute((1, 0)), y, use_acc=piece > 0, is_async=True)
-        following = tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD)
-        decay = gl.load(decay_ptr + following)
+        decay = next_decay(walk, number, BACKWARD)
         if y_desc is not None:
             tma.store_wait(0)  # the last tile's Y has left its buffer
         for half in gl.static_range(2):  # of the steps, to need fewer registers at a time
@@ -577,8 +618,8 @@ def walk_state_partition(
             C = C + (warpgroup_mma(weighted.permute((1, 0)), b_piece, decayed[piece], is_async=True),)  # noqa: RUF005, Gluon knows +
         if y_ptr is not None:
             gl.store(y_ptr + (tile * BLOCK + column) * ROWS + row, y, mask=row < ROWS)
-        if P_smem is not None:
-            P = P_smem.index(stage).reshape([BLOCK, BLOCK])
+        if smem.P is not None:
+            P = matrix(smem.P, number)
             P = P if BACKWARD else P.permute((1, 0))
             y = y * rows.index(READ).load(gl.SliceLayout(0, layout))[None, :]
             y = warpgroup_mma(x.permute((1, 0)), P, y, is_async=True)
@@ -587,11 +628,12 @@ def walk_state_partition(
         if y_desc is not None:
             weighted.permute((1, 0)).store(y.to(gl.bfloat16))
             fence_async_shared()
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(walk.empty, number)
         if y_desc is not None:
-            tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_row], weighted_smem.index(HALF))
+            place = [walk.batch, walk.head, tile * BLOCK, first_row]
+            tma.async_copy_shared_to_global(y_desc, place, smem.weighted.index(HALF))
         if border_ptr is not None and not BACKWARD:  # noqa: SIM102, it is decided when this is compiled
-            if (tile + 1) % BORDER == 0 and tile + 1 < NT:
+            if (tile + 1) % BORDER == 0 and tile + 1 < walk.NT:
                 for piece in gl.static_range(PIECES):
                     border = border_ptr + ((tile + 1) // BORDER - 1) * SIZE + row * BC + piece * 64 + column
                     gl.store(border, C[piece].to(gl.bfloat16))
@@ -614,18 +656,14 @@ def walk_state_partition(
 # same as 04_tfla_triton/mlstm_hopper.py::walk_second_half_partition
 @gluon.jit
 def walk_second_half_partition(
-    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
-    a_smem, b_smem, x_smem, P_smem, rows_smem, weighted_smem, full, empty,
-    batch, head_, first_row, first_column, stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end,
-    BR: gl.constexpr, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr,
-    BC: gl.constexpr, STAGES: gl.constexpr,
+    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
+    DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
     """Narrow heads have none."""
-    if BR > 64:
+    if smem.weighted.shape[0] > 1:
         walk_state_partition(
-            y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem, P_smem,
-            rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column, stride_row, stride_column,
-            ROWS, COLUMNS, first, count, NT, at_end, 1, BACKWARD, BLOCK, BORDER, SIZE, BC, STAGES,
+            walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
+            1, DQK, DHV, BORDER, SIZE, BACKWARD,
         )  # fmt: skip
 
 
@@ -650,40 +688,42 @@ def walk_kernel(
     ROWS_ARE_KEYS: gl.constexpr = y_desc is None
     ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
     COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
-    stride_row: gl.constexpr = DHV if ROWS_ARE_KEYS else 1
-    stride_column: gl.constexpr = 1 if ROWS_ARE_KEYS else DHV
     TILES_R: gl.constexpr = (ROWS + BR - 1) // BR
     TILES_C: gl.constexpr = (COLUMNS + BC - 1) // BC
     HALVES: gl.constexpr = BR // 64
     SIZE: gl.constexpr = TILES_R * BR * BC
-    part, program = gl.program_id(0) % (TILES_R * TILES_C), gl.program_id(0) // (TILES_R * TILES_C)
-    tile_r, tile_c = part // TILES_C, part % TILES_C
+    tile, program = gl.program_id(0) % (TILES_R * TILES_C), gl.program_id(0) // (TILES_R * TILES_C)
+    tile_r, tile_c = tile // TILES_C, tile % TILES_C
+    first_row, first_column = tile_r * BR, tile_c * BC
     bh, span = (program // SPANS).to(gl.int64), FIRST_SPAN + program % SPANS
     batch, head_ = (bh // NH).to(gl.int32), (bh % NH).to(gl.int32)
-    first, first_row, first_column = span * SPAN, tile_r * BR, tile_c * BC
+    first, spans, borders = span * SPAN, (NT + SPAN - 1) // SPAN, (NT + BORDER - 1) // BORDER
     count = gl.minimum(SPAN, NT - first)
-    borders, spans = (NT + BORDER - 1) // BORDER, (NT + SPAN - 1) // SPAN
-
-    b_smem, x_smem, rows_smem = ring(b_desc, STAGES), ring(x_desc, STAGES), ring(rows_desc, STAGES)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [HALVES, 1, 1, BLOCK, 64], swizzled)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES)
-    if a_desc is None:
-        a_smem: gl.constexpr = None
-    else:
-        a_smem = ring(a_desc, STAGES)
-    if P_desc is None:
-        P_smem: gl.constexpr = None
-    else:
-        P_smem = ring(P_desc, STAGES)
-    fence_async_shared()
     if weights_ptr is not None:
         count = gl.where(gl.load(weights_ptr + bh * spans + span) != 0.0, count, 0)
     if ROWS_ARE_KEYS:
         at_end = count > 0
     else:
         at_end = (first == 0) if BACKWARD else (first + count == NT)
-    decay_ptr += bh * NT
+
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, HALVES), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
+    b_smem, x_smem = ring(b_desc, STAGES), ring(x_desc, STAGES)
+    descriptors, rings, columns = (rows_desc, b_desc, x_desc), (rows, b_smem, x_smem), (0, first_column, first_row)
+    if a_desc is None:
+        a_smem: gl.constexpr = None
+    else:
+        a_smem = ring(a_desc, STAGES)
+        descriptors, rings, columns = descriptors + (a_desc,), rings + (a_smem,), columns + (first_column,)  # noqa: RUF005
+    if P_desc is None:
+        P_smem: gl.constexpr = None
+    else:
+        P_smem = ring(P_desc, STAGES)
+        descriptors, rings, columns = descriptors + (P_desc,), rings + (P_smem,), columns + (0,)  # noqa: RUF005
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [HALVES, 1, 1, BLOCK, 64], swizzled)
+    smem = WalkBuffers(a_smem, b_smem, x_smem, P_smem, weighted_smem)
+    fence_async_shared()
     if first_ptr is not None:
         first_ptr += (bh * spans + span) * DQK * DHV
     if last_ptr is not None:
@@ -702,29 +742,18 @@ def walk_kernel(
             (
                 walk_state_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, a_smem, b_smem, x_smem,
-                    P_smem, rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column, stride_row,
-                    stride_column, ROWS, COLUMNS, first, count, NT, at_end, 0, BACKWARD, BLOCK, BORDER, SIZE, BC,
-                    STAGES,
+                    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr,
+                    at_end, 0, DQK, DHV, BORDER, SIZE, BACKWARD,
                 ),
             ),
             (
                 walk_second_half_partition,
                 (
-                    y_desc, decay_ptr, first_ptr, last_ptr, y_ptr, border_ptr, second_carry_ptr, a_smem, b_smem,
-                    x_smem, P_smem, rows_smem, weighted_smem, full, empty, batch, head_, first_row, first_column,
-                    stride_row, stride_column, ROWS, COLUMNS, first, count, NT, at_end, BR, BACKWARD, BLOCK, BORDER,
-                    SIZE, BC, STAGES,
+                    walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr,
+                    second_carry_ptr, at_end, DQK, DHV, BORDER, SIZE, BACKWARD,
                 ),
             ),
-            (
-                load_partition,
-                (
-                    a_desc, b_desc, x_desc, P_desc, None, rows_desc, a_smem, b_smem, x_smem, P_smem, None, rows_smem,
-                    full, empty, batch, head_, bh.to(gl.int32), first_column, first_column, first_row, 0, first,
-                    count, NT, BACKWARD, BLOCK, STAGES,
-                ),
-            ),
+            (load_partition, (walk, descriptors, rings, columns, BACKWARD)),
         ],
         [4, 1],
         [232, 24],
@@ -734,16 +763,19 @@ def walk_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # dq and dk
 # ---------------------------------------------------------------------------------------------------------------------
+# Buffers and barriers of state_times_values_kernel, beside those of its walk.
+ValuesBuffers = namedtuple("ValuesBuffers", "a b x own P weighted C y P_full P_empty")
+
+
 @gluon.jit
 def values_state_partition(
-    y_desc, state_ptr, decay_ptr, first_ptr,
-    a_smem, b_smem, x_smem, own_smem, rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full,
-    P_empty, batch, head_, first_k, first, count, T,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr,
-    BV: gl.constexpr, STAGES: gl.constexpr,
+    walk, smem, y_desc, state_ptr, first_ptr, first_k, T, DQK: gl.constexpr, DHV: gl.constexpr, BACKWARD: gl.constexpr
 ):  # fmt: skip
     """Keeps a tile of C^T (BV x BK) in registers and puts it into shared memory anew for each product with it."""
     WARPS: gl.constexpr = gl.num_warps()
+    BLOCK: gl.constexpr = walk.rows.shape[4]
+    BV: gl.constexpr = smem.C.shape[0]
+    BK: gl.constexpr = smem.C.shape[1]
     layout_C: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     layout_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, BK * 4 // WARPS, 16])
     READ: gl.constexpr = 6 if BACKWARD else 5
@@ -751,60 +783,56 @@ def values_state_partition(
     C = load_state(first_ptr, 0, first_k, 1, DHV, DHV, DQK, BV, BK, layout_C)
     zero = gl.zeros([BLOCK, BK], gl.float32, layout=layout_y)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout_y))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        decay = gl.load(decay_ptr + tile)
-        C_smem.store(C.to(gl.bfloat16))
-        mbarrier.wait(full.index(stage), number // STAGES & 1)
-        a, b = a_smem.index(stage).reshape([BLOCK, BV]), b_smem.index(stage).reshape([BLOCK, BK])
-        x, own = x_smem.index(stage).reshape([BLOCK, BV]), own_smem.index(stage).reshape([BLOCK, BK])
-        rows = tile_rows(rows_smem, stage, BLOCK)
-        weighted_smem.store(weighted_keys(b, rows.index(WRITE)))
+    for number in range(walk.count):
+        tile = tile_at(walk, number, BACKWARD)
+        decay = gl.load(walk.decay_ptr + tile)
+        smem.C.store(C.to(gl.bfloat16))
+        wait_full(walk.full, number)
+        a, b, x, own = matrix(smem.a, number), matrix(smem.b, number), matrix(smem.x, number), matrix(smem.own, number)
+        rows = rows_of(walk, number)
+        smem.weighted.store(weighted_keys(b, rows.index(WRITE)))
         fence_async_shared()
         C = C * decay
         read = rows.index(READ).load(gl.SliceLayout(1, layout_y))[:, None]
 
-        y = warpgroup_mma(a, C_smem, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
-        C = warpgroup_mma(x.permute((1, 0)), weighted_smem, C, is_async=True)
-        mbarrier.wait(P_full.index(0), number & 1)
+        y = warpgroup_mma(a, smem.C, zero, use_acc=False, is_async=True)  # (BLOCK, BK)
+        C = warpgroup_mma(x.permute((1, 0)), smem.weighted, C, is_async=True)
+        wait_full(smem.P_full, number)
         y = warpgroup_mma_wait(1, deps=[y]) * read
         own_y = own.load(layout_y).to(gl.float32) * y
-        y = warpgroup_mma(P_smem.index(0), b, y, is_async=True)
+        y = warpgroup_mma(buffer(smem.P, number), b, y, is_async=True)
         offs_t = tile * BLOCK + offs_l
         gl.store(state_ptr + offs_t, gl.sum(own_y, axis=1), mask=offs_t < T)  # the state's part of q . dq or k . dk
         y, C = warpgroup_mma_wait(0, deps=[y, C])
         tma.store_wait(0)
-        y_smem.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
+        smem.y.reshape([BLOCK, BK]).store(y.to(gl.bfloat16))
         fence_async_shared()
-        mbarrier.arrive(P_empty.index(0), count=1)
-        mbarrier.arrive(empty.index(stage), count=1)
-        tma.async_copy_shared_to_global(y_desc, [batch, head_, tile * BLOCK, first_k], y_smem)
+        arrive(smem.P_empty, number)
+        arrive(walk.empty, number)
+        tma.async_copy_shared_to_global(y_desc, [walk.batch, walk.head, tile * BLOCK, first_k], smem.y)
     tma.store_wait(0)
 
 
 @gluon.jit
-def values_scores_partition(
-    a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first, count, T,
-    BACKWARD: gl.constexpr, BLOCK: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def values_scores_partition(walk, smem, X_ptr, T, BACKWARD: gl.constexpr):
     """P = A X^T * Wr (backward: Wr^T) of tile after tile; the row sums of P * (own B^T), before P is rounded."""
+    BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=layout)
     offs_l = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
-    for number in range(count):
-        stage, tile = number % STAGES, tile_at(number, first, count, BACKWARD)
-        dP = products_of_rows(a_smem, x_smem, full, number, BLOCK, BV, STAGES)
-        P = warpgroup_mma_wait(0, deps=[dP]) * gates(tile_rows(rows_smem, stage, BLOCK), BACKWARD, BLOCK, layout)
-        mbarrier.wait(P_empty.index(0), (number & 1) ^ 1)
-        P_smem.index(0).store(P.to(gl.bfloat16))
+    for number in range(walk.count):
+        dP = products_of_rows(walk, smem.a, smem.x, number)
+        P = warpgroup_mma_wait(0, deps=[dP]) * gates(rows_of(walk, number), BACKWARD, layout)
+        wait_empty(smem.P_empty, number)
+        buffer(smem.P, number).store(P.to(gl.bfloat16))
         fence_async_shared()
-        mbarrier.arrive(P_full.index(0), count=1)
-        own, b = own_smem.index(stage).reshape([BLOCK, BK]), b_smem.index(stage).reshape([BLOCK, BK])
+        arrive(smem.P_full, number)
+        own, b = matrix(smem.own, number), matrix(smem.b, number)
         scores = warpgroup_mma(own, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        offs_t = tile * BLOCK + offs_l
+        offs_t = tile_at(walk, number, BACKWARD) * BLOCK + offs_l
         gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
-        mbarrier.arrive(empty.index(stage), count=1)
+        arrive(walk.empty, number)
 
 
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
@@ -821,51 +849,37 @@ def state_times_values_kernel(
     Also, for the gates, q . dq or k . dk in two parts: the tile's, the row sums of P * Q K^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
-    tile_k, bh, batch, head_, first, count = program_of_span(TILES, NT, NH, SPAN)
-    spans = (NT + SPAN - 1) // SPAN
-    a_smem, b_smem, x_smem = ring(a_desc, STAGES), ring(b_desc, STAGES), ring(x_desc, STAGES)
-    own_smem, rows_smem = ring(own_desc, STAGES), ring(rows_desc, STAGES)
+    tile_k, bh, batch, head_, span, first, count = program_of_span(TILES, NT, NH, SPAN)
+    full, empty, rows = new_barriers(STAGES, 1), new_barriers(STAGES, 2), ring(rows_desc, STAGES)
+    walk = Walk(batch, head_, first, count, NT, decay_ptr + bh * NT, rows, full, empty)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    P_smem = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled)
-    weighted_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled)
-    C_smem = gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled)
-    y_smem = gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout)
-    full, empty = new_barriers(STAGES, 1), new_barriers(STAGES, 2)
-    P_full, P_empty = new_barriers(1, 1), new_barriers(1, 1)
+    smem = ValuesBuffers(
+        a=ring(a_desc, STAGES),
+        b=ring(b_desc, STAGES),
+        x=ring(x_desc, STAGES),
+        own=ring(own_desc, STAGES),
+        P=gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK, BLOCK], swizzled),
+        weighted=gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BK], swizzled),
+        C=gl.allocate_shared_memory(gl.bfloat16, [BV, BK], swizzled),
+        y=gl.allocate_shared_memory(gl.bfloat16, y_desc.block_type.shape, y_desc.layout),
+        P_full=new_barriers(1, 1),
+        P_empty=new_barriers(1, 1),
+    )
     fence_async_shared()
-    decay_ptr += bh * NT
     if first_ptr is not None:
-        first_ptr += (bh * spans + first // SPAN) * DQK * DHV
-    X_ptr, state_ptr = X_ptr + (tile_k * BH + bh) * T, state_ptr + (tile_k * BH + bh) * T
+        first_ptr += span * DQK * DHV
+    first_k, offs = tile_k * BK, (tile_k * BH + bh) * T
+    descriptors = (rows_desc, a_desc, b_desc, x_desc, own_desc)
+    rings = (walk.rows, smem.a, smem.b, smem.x, smem.own)
     gl.warp_specialize(
         [
-            (
-                values_state_partition,
-                (
-                    y_desc, state_ptr, decay_ptr, first_ptr, a_smem, b_smem, x_smem, own_smem,
-                    rows_smem, P_smem, weighted_smem, C_smem, y_smem, full, empty, P_full, P_empty, batch, head_,
-                    tile_k * BK, first, count, T, BACKWARD, BLOCK, DQK, DHV, BK, BV, STAGES,
-                ),
-            ),
-            (
-                values_scores_partition,
-                (
-                    a_smem, x_smem, own_smem, b_smem, rows_smem, P_smem, X_ptr, full, empty, P_full, P_empty, first,
-                    count, T, BACKWARD, BLOCK, BK, BV, STAGES,
-                ),
-            ),
-            (
-                load_partition,
-                (
-                    a_desc, b_desc, x_desc, own_desc, None, rows_desc, a_smem, b_smem, x_smem, own_smem, None,
-                    rows_smem, full, empty, batch, head_, bh.to(gl.int32), 0, tile_k * BK, 0, 0, first, count, NT,
-                    BACKWARD, BLOCK, STAGES,
-                ),
-            ),
+            (values_state_partition, (walk, smem, y_desc, state_ptr + offs, first_ptr, first_k, T, DQK, DHV, BACKWARD)),
+            (values_scores_partition, (walk, smem, X_ptr + offs, T, BACKWARD)),
+            (load_partition, (walk, descriptors, rings, (0, 0, first_k, 0, first_k), BACKWARD)),
         ],
         [4, 1],
         [136, 24],
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1058,8 +1072,7 @@ def dgates_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # A launch takes the CPU about as long as the smallest kernels take the GPU, so a few things here are done once, or
 # without the functions that Triton has for them: layouts, descriptors, rounding up.
-STEPS_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-ROWS_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)
+LAYOUTS = {torch.bfloat16: gl.NVMMASharedLayout(128, 16, 4), torch.float32: gl.NVMMASharedLayout(0, 32, 4)}
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::ceil_div
@@ -1074,17 +1087,9 @@ def power_of_2(D: int) -> int:
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::describe
-def describe(x: Tensor, columns: int) -> TensorDescriptor:
-    """x (B, NH, T, D) as the copy engine reads and writes it, BLOCK steps and some columns at a time."""
-    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, BLOCK, columns], STEPS_LAYOUT)
-
-
-# same as 04_tfla_triton/mlstm_hopper.py::describe_rows
-def describe_rows(x: Tensor, number: int, columns: int) -> TensorDescriptor:
-    """x (.., D) in float32, some rows at a time."""
-    return TensorDescriptor(
-        x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [number, columns], ROWS_LAYOUT
-    )
+def describe(x: Tensor, columns: int, number: int = BLOCK) -> TensorDescriptor:
+    """x (B, NH, .., D) as the copy engine reads and writes it: of a tile `number` rows, some columns of them."""
+    return TensorDescriptor(x, x.shape, x.stride(), [1, 1, number, columns], LAYOUTS[x.dtype])
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::copy_engine_reads
@@ -1186,7 +1191,7 @@ def starts_of_spans(
     needed, p = PIECES - PER_SPAN if backward else (SPANS - 1) * PER_SPAN, walk_options(DQK, DHV, DQK, DHV, most=4)
     tiles = ceil_div(DQK, p["BR"]) * ceil_div(DHV, p["BC"])
     walk_kernel[(tiles * needed * B * NH,)](
-        None, describe(v, p["BC"]), describe(k, p["BR"]), None, None, describe_rows(rows, 8, BLOCK), decay, None, C,
+        None, describe(v, p["BC"]), describe(k, p["BR"]), None, None, describe(rows, BLOCK, 8), decay, None, C,
         None, None, None, weights, NT, NH, B * NH, PIECE, needed, PER_SPAN if backward else 0,
         BACKWARD=backward, **p,
     )  # fmt: skip
@@ -1207,7 +1212,7 @@ def walk_along_keys(
     SPANS = ceil_div(NT, SPAN)
     walk_kernel[(ceil_div(DHV, o["BR"]) * SPANS * BH,)](
         describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), describe(P, BLOCK), describe(y, 64),
-        describe_rows(rows, 8, BLOCK), decay, starts, last, None, borders, carry,
+        describe(rows, BLOCK, 8), decay, starts, last, None, borders, carry,
         None, NT, NH, BH, SPAN, SPANS, 0, BACKWARD=backward, **o,
     )  # fmt: skip
 
@@ -1222,7 +1227,7 @@ def walk_along_values(
     parts, SPANS = ceil_div(DHV, o["BC"]), ceil_div(NT, SPAN)
     y = torch.empty(parts, BH, NT, BLOCK, DQK, dtype=torch.float32, device=a.device)
     walk_kernel[(ceil_div(DQK, o["BR"]) * parts * SPANS * BH,)](
-        describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), None, None, describe_rows(rows, 8, BLOCK),
+        describe(a, o["BC"]), describe(b, o["BC"]), describe(x, o["BR"]), None, None, describe(rows, BLOCK, 8),
         decay, starts, None, y, None, None, None, NT, NH, BH, SPAN, SPANS, 0, BACKWARD=backward, **o,
     )  # fmt: skip
     return y
@@ -1235,7 +1240,7 @@ def saved_shapes(q: Tensor, v: Tensor) -> list[tuple[tuple[int, ...], torch.dtyp
     NT, BV, BK = (T + BLOCK - 1) // BLOCK, *keys_tile(DQK, DHV)
     whole = (DHV + BV - 1) // BV * BV, BK
     return [
-        ((B * NH * NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32),
+        ((B, NH, NT * 8, BLOCK), torch.float32), ((B, NH, NT), torch.float32),
         ((B, NH, max(NT - 1, 0) // BORDER, *whole), torch.bfloat16),
         ((B, NH, NT * BLOCK if is_wide(DQK, DHV) else 0, BLOCK), torch.bfloat16),
     ]  # fmt: skip
@@ -1267,7 +1272,7 @@ def launch_forward(
         o = keys_options(DQK, DHV)
         keys, values = (lambda x: describe(x, o["BK"])), (lambda x: describe(x, o["BV"]))
         state_times_keys_kernel[(tiles * ceil_div(NT, SPAN) * BH,)](
-            keys(q), keys(k), values(v), values(h), describe_rows(rows, 8, BLOCK), decay, starts, C_T, borders, None,
+            keys(q), keys(k), values(v), values(h), describe(rows, BLOCK, 8), decay, starts, C_T, borders, None,
             NT, NH, BH, SPAN, BACKWARD=False, **o,
         )  # fmt: skip
     return h, *((C_T,) if return_state else _no_state(q)), *saved
@@ -1290,7 +1295,7 @@ def launch_backward(
     dh = dh if copy_engine_reads(dh) and dh.data_ptr() % 16 == 0 else dh.clone(memory_format=torch.contiguous_format)
     C_0, dC_T = (None if C is None else C.contiguous() for C in (C_0, dC_T))
     dC_0 = None if C_0 is None else empty(B, NH, DQK, DHV)
-    wide, rows_ = is_wide(DQK, DHV), describe_rows(rows, 8, BLOCK)
+    wide, rows_ = is_wide(DQK, DHV), describe(rows, BLOCK, 8)
 
     # dv, with <C, dC> at the borders; in float64 where the sequence begins and ends, so that how PyTorch adds, which
     # depends on the size of a batch, does not show in float32

@@ -134,7 +134,7 @@ def starts_of_spans(stage, DQK, DHV, BACKWARD) -> None:
     B, NH, NT, SPAN, BLOCK = 1, 2, 2 * 16 + 11, 16, stage.BLOCK
     T = NT * BLOCK - 20
     k, v = (torch.randn(B, NH, T, D, device=DEVICE).to(BFLOAT16) for D in (DQK, DHV))
-    rows, decay = torch.rand(B * NH * NT * 8, BLOCK, device=DEVICE), 0.8 + torch.rand(B, NH, NT, device=DEVICE) / 5
+    rows, decay = torch.rand(B, NH, NT * 8, BLOCK, device=DEVICE), 0.8 + torch.rand(B, NH, NT, device=DEVICE) / 5
     decay[0, 0, 14] = decay[0, 1, 20] = 0
     first = torch.randn(B, NH, DQK, DHV, device=DEVICE)
     starts = stage.starts_of_spans(k, v, rows, decay, first, SPAN, backward=BACKWARD)

@@ -430,7 +430,7 @@ MUTANTS = [
     ("tl.where(offs_l >= start_last, tl.exp((g + u).to(tl.float32)), 0.0)", "tl.exp((g + u).to(tl.float32))"),
     ("tl.where(start_last < 0, tl.exp(g.to(tl.float32)), 0.0)", "tl.exp(g.to(tl.float32))"),
     # weights
-    ("P_smem.index(P_stage).permute((1, 0)), y * read,", "P_smem.index(P_stage).permute((1, 0)), y,"),
+    ("buffer(smem.P, number).permute((1, 0)), y * read,", "buffer(smem.P, number).permute((1, 0)), y,"),
     ("y = warpgroup_mma_wait(1, deps=[y]) * read", "y = warpgroup_mma_wait(1, deps=[y])"),
     # gradients of the gates, and states
     ("gl.sum(gl.sum(C_then * C, axis=1), axis=0)", "gl.sum(gl.sum(C_then * 0.0, axis=1), axis=0)"),
@@ -438,8 +438,8 @@ MUTANTS = [
     ("to_state += tl.load", "to_state += 0.0 * tl.load"),
     ("before, after = before + tl.load(carry),", "before, after = before,"),
     ("((0, C_0, dC_0), (-1, C_T, dC_T))", "((0, C_0, dC_0),)"),
-    ("decay = gl.load(decay_ptr + tile_at(gl.minimum(number + 1, count - 1), first, count, BACKWARD))",
-     "decay = gl.load(decay_ptr + tile_at(number, first, count, BACKWARD))"),
+    ("C = C * decay\n        decay = next_decay(walk, number, BACKWARD)",
+     "C = C * decay\n        decay = gl.load(walk.decay_ptr + tile)"),
     ("(di_bar * sigmoid_minus(i))", "di_bar"),
     ("dk, k_dk_tile, k_dk_state, ends),", "dk, k_dk_tile, k_dk_state, None),"),
 ]  # fmt: skip
