@@ -33,7 +33,7 @@ def make(*sizes, dtype=BFLOAT16, **options):
 
 # Heads that fill their tiles and heads that do not: 8 and 72 columns leave most or nearly half of one empty.
 HEADS = [(8, 8), (16, 16), (64, 64), (72, 104), (128, 128), (128, 256), (64, 256), (128, 40)]
-HEADS += [(256, 512), (200, 264), (256, 40), (64, 512)]  # wide ones
+HEADS += [(256, 512), (200, 264), (256, 40), (64, 512), (128, 512), (256, 128)]  # wide ones
 
 
 # ---------------------------------------------------------------------------------------------------------------------
