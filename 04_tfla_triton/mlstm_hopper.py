@@ -13,53 +13,27 @@ written and read again, and everything comes from memory once. Of a tile, with P
 
 h and dv are computed by one kernel, state_times_keys_kernel. dq_kernel also finds delta, the gradient through the
 normalizer: that takes dh . h, for which a program must have all of d_qk; in dk_kernel it has 64 columns.
-All stabilizers m come from passes before:
+Stabilizers and gate weights come from passes before; rows_kernel says what the walks find. Few sequences, and heads of
+d_qk > 128 or d_hv > 256, take more than this: see their sections.
 
     forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> h
     backward    rows_backward_kernel -> dv -> dq_kernel -> dk_kernel -> dgates_kernel
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
-
     load     one warp: has the copy engine (TMA) bring tile after tile into a ring of buffers
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
     n        two warps: the normalizer state, for h, or its gradient, for dk
     state    the others: keep the state in their registers, multiply with it, and add to it
 
-Wide heads (d_qk > 128 or d_hv > 256) leave no registers for the scores beside the state. Their walks are walk_kernel's,
-which only loads and keeps the state; what happens within a tile comes before it, P for h and dv (scores_tile_kernel),
-or after it, on the products with the state in float32 (dq_tile_kernel, dk_tile_kernel):
-
-    forward     ... -> rows_kernel -> sums_kernel -> vectors_kernel -> scores_tile_kernel -> rows_backward_kernel -> h
-    backward    rows_backward_kernel -> dv -> dH C^T -> dq_tile_kernel -> sums_kernel -> vectors_kernel
-                -> V dC^T -> dk_tile_kernel -> dgates_kernel
-
-Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
-same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
-state. walk_kernel finds that, too, for all pieces but those of which pieces_kernel says that they are forgotten by the
-end of their span (backward: by its beginning). n comes from sums_kernel and vectors_kernel then, as of wide heads.
-
 Glossary (name in code = symbol = shape; NT tiles of 64 steps):
-    b        sum of log sigmoid(f) since the tile began, without resets; g is its last value
-    u        i_j - b_j, so that log D_ij = b_i + u_j
-    m        stabilizers of the states where tiles begin and end     (B, NH, NT+1)
-    n        the normalizer states                                   (B, NH, NT+1, DQK)
-    decay    e^(g + m_{c-1} - m_c) of each tile                      (B, NH, NT)
-    rows     of each tile eight rows of 64 steps in float32          (B, NH, NT * 8, 64)
-             backward, and for h of wide heads, with r in it
-               0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; with r in it: of s r e^(b_i - m_i)
-               2, 3  u_j in base 2, in two parts
-               4     bounds: where in the tile step i's document begins, and where step j's ends, in one number
-               5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; with r in it: times r
-               6     w_end: e^(g + u_j - m_c), weight of step j in the next state
-               7     e^(-m_i), the floor of the denominator; with r in it: delta, and before it is known its sign
+    b, u     sum of log sigmoid(f) since the tile began, without resets; i_j - b_j, so that log D_ij = b_i + u_j
+    m, n     stabilizers and normalizer states where tiles begin and end     (B, NH, NT+1), (B, NH, NT+1, DQK)
+    decay    e^(g + m_{c-1} - m_c) of each tile, g the last b of a tile      (B, NH, NT)
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
     Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
-    P        Q K^T * Wr; of wide heads it is kept                            (B, NH, NT * 64, 64)  bfloat16
     delta    D times the gradient of S                                       (B, NH, T)
-    borders  C^T as every 16th tile but the first finds it, for the gates    (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv = 512 (mlstm_tfla.py has them all).
-
 Copy this file: it needs torch and triton, 3.6 or newer.
 """
 
@@ -275,7 +249,17 @@ def rows_kernel(
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     T, NT, NH, s, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
+    """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing.
+
+    Of each tile there are eight rows of 64 steps in float32, (B, NH, NT * 8, 64). In those "with r in them", for the
+    backward pass and for h of wide heads (rows_backward_kernel), some differ:
+        0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; with r in it: of s r e^(b_i - m_i)
+        2, 3  u_j in base 2, in two parts
+        4     bounds: where in the tile step i's document begins, and where step j's ends, in one number
+        5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; with r in it: times r
+        6     w_end: e^(g + u_j - m_c), weight of step j in the next state
+        7     e^(-m_i), the floor of the denominator; with r in it: delta, and before it is known its sign
+    """
     groups = tl.cdiv(NT, TILES)
     bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     tile, offs_l = (group * TILES + tl.arange(0, TILES))[:, None], tl.arange(0, BLOCK)[None, :]
@@ -340,6 +324,11 @@ def rows_backward_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spans of few sequences, in plain Triton
+#
+# Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
+# same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
+# state. walk_kernel finds that, for all pieces but those of which pieces_kernel says that they are forgotten by the end
+# of their span (backward: by its beginning). n comes from sums_kernel and vectors_kernel then.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
 def product(a, b):
@@ -794,7 +783,8 @@ def state_times_keys_kernel(
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
-    forward     A, B, X, Y = Q, K, V, H: also n, S, and C at every BORDER-th tile but the first
+    forward     A, B, X, Y = Q, K, V, H: also n, S, and, for the gates, C^T as every BORDER-th tile but the first finds
+                it, (B, NH, borders, DHV, DQK), in bfloat16
     backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
@@ -852,6 +842,14 @@ def state_times_keys_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Wide heads, and the states that spans start from
+#
+# Heads of d_qk > 128 or d_hv > 256 leave no registers for the scores beside the state. Their walks only load and keep
+# the state; what happens within a tile comes before it, P for h and dv, in bfloat16, (B, NH, NT * 64, 64), or after it,
+# on the products with the state in float32:
+#
+#     forward     .. -> rows_kernel -> sums_kernel -> vectors_kernel -> scores_tile_kernel -> rows_backward_kernel -> h
+#     backward    rows_backward_kernel -> dv -> dH C^T -> dq_tile_kernel -> sums_kernel -> vectors_kernel
+#                 -> V dC^T -> dk_tile_kernel -> dgates_kernel
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffers of walk_kernel, beside those of its walk.
 WalkBuffers = namedtuple("WalkBuffers", "a b x P weighted")

@@ -12,38 +12,20 @@ written and read again, and everything comes from memory once. Of a tile, with P
     and once more for the gradient of the queries:  dQ = w_read * (dH C^T) + dP K
 
 So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
-It is mlstm_hopper.py of stage 04 without stabilizers and normalizer.
+It is mlstm_hopper.py of stage 04 without stabilizers and normalizer. Gate weights come from rows_kernel, which says
+what the walks find. Few sequences, and heads of d_qk > 128 or d_hv > 256, take more than this: see their sections.
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
-
     load     one warp: has the copy engine (TMA) bring tile after tile into a ring of buffers
     scores   one warpgroup: P or dP of the next tiles, gate weights applied; it needs no state and runs ahead
     state    the others: keep the state in their registers, multiply with it, and add to it
 
-Wide heads (d_qk > 128 or d_hv > 256) leave no registers for the scores beside the state. Their walks are walk_kernel's,
-which only loads and keeps the state; what happens within a tile comes before it, P for h and dv (scores_tile_kernel),
-or after it, on the products with the state in float32 (values_tile_kernel, for dq and dk).
-
-Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
-same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
-state. walk_kernel finds that, too, for all pieces but those of which pieces_kernel says that they are forgotten by the
-end of their span (backward: by its beginning).
-
-Glossary (name in code = symbol = shape):
+Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     b        sum of log sigmoid(f) since the tile began, without resets
-    rows     of each tile eight rows of 64 steps in float32                   (B, NH, tiles * 8, 64)
-               0, 1  log2 of s e^b, and of sigmoid(i) e^-b
-               2, 3  start, end: where in the tile step i's document begins, and where step j's ends
-               4, 7  nothing; stage 04 has more numbers to keep
-               5     w_read: s e^b, weight of the tile's first state
-               6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
-    decay    e^g of each tile                                                 (B, NH, tiles)
+    decay    e^g of each tile, g its last b                                   (B, NH, NT)
     Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
-    P        Q K^T * Wr; of wide heads it is kept                             (B, NH, tiles * 64, 64)  bfloat16
-    borders  C^T as every 8th tile but the first finds it, for the gates      (B, NH, borders, DHV, DQK)  bfloat16
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv = 512 (mlstmsig_tfla.py has them all).
-
 Copy this file: it needs torch and triton, 3.6 or newer.
 """
 
@@ -118,7 +100,15 @@ def rows_kernel(
     stride_ib, stride_ih, stride_it, stride_fb, stride_fh, stride_ft,
     T, NT, NH, s, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing."""
+    """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing.
+
+    Of each tile there are eight rows of 64 steps in float32, (B, NH, NT * 8, 64):
+        0, 1  log2 of s e^b, and of sigmoid(i) e^-b
+        2, 3  start, end: where in the tile step i's document begins, and where step j's ends
+        4, 7  nothing; stage 04 has more numbers to keep
+        5     w_read: s e^b, weight of the tile's first state
+        6     w_end: sigmoid(i) e^(g - b) with g the last b, weight of the step in the next state
+    """
     groups = tl.cdiv(NT, TILES)
     bh, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     tile = group * TILES + tl.arange(0, TILES)
@@ -156,6 +146,11 @@ def rows_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spans of few sequences, in plain Triton
+#
+# Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
+# same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
+# state. walk_kernel finds that, for all pieces but those of which pieces_kernel says that they are forgotten by the end
+# of their span (backward: by its beginning).
 # ---------------------------------------------------------------------------------------------------------------------
 # same as 04_tfla_triton/mlstm_hopper.py::product
 @triton.jit
@@ -502,7 +497,8 @@ def state_times_keys_kernel(
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
-    forward     A, B, X, Y = Q, K, V, H: also C at every BORDER-th tile but the first
+    forward     A, B, X, Y = Q, K, V, H: also, for the gates, C^T as every BORDER-th tile but the first finds it,
+                (B, NH, borders, DHV, DQK), in bfloat16
     backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
@@ -549,6 +545,10 @@ def state_times_keys_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Wide heads, and the states that spans start from
+#
+# Heads of d_qk > 128 or d_hv > 256 leave no registers for the scores beside the state. Their walks only load and keep
+# the state; what happens within a tile comes before it, P for h and dv, in bfloat16, (B, NH, NT * 64, 64), from
+# scores_tile_kernel, or after it, on the products with the state in float32: values_tile_kernel, for dq and dk.
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffers of walk_kernel, beside those of its walk.
 WalkBuffers = namedtuple("WalkBuffers", "a b x P weighted")

@@ -491,6 +491,17 @@ def test_the_report_fills_the_readme_between_its_marks(fake_kernels, tmp_path, c
     assert "must contain the lines" in capsys.readouterr().err
 
 
+def test_where_a_peer_is_faster_is_said(fake_kernels, monkeypatch):
+    monkeypatch.setattr(bench_report, "HOPPER", ("right",))
+    result = small_result()
+    assert "for Hopper GPUs nowhere in these tables." in bench_report.section(result)
+    for row in result["rows"]:
+        if row["kernel"] == "right" and row["T"] == 512:
+            row["forward_ms"] = 1.75
+    lost = "- **`title`** of right, 16 heads of (128, 256), T = 512: 1.75 / 3.00; title of forward_only 1.50 / refuses"
+    assert bench_report.losses(result).splitlines()[2:] == [lost]
+
+
 def test_times_that_differ_from_call_to_call_are_remarked_upon():
     row = {"pass": "train", "kernel": "mlstm_tfla", "T": 1024, "heads": 2, "d_qk": 8, "d_hv": 16}
     row |= {"forward_ms": 1.0, "forward_spread_ms": 0.3, "forward_backward_ms": 4.0, "forward_backward_spread_ms": 0.1}

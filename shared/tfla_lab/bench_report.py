@@ -8,7 +8,9 @@ beside the result. Numbers are of the configuration that was fastest; what did n
 
 import argparse
 import collections
+import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +29,7 @@ README = ROOT / "README.md"
 START, END = "<!-- python -m tfla_lab.bench_report writes from here -->", "<!-- to here -->"
 SHOWN = (512, 2048, 8192, 32_768, 65_536)  # lengths in the table
 HEADLINE = 8192
+HOPPER = ("mlstm_hopper", "mlstmsig_hopper")
 UNSTEADY = 0.2  # share of a time from which on its spread is remarked upon
 # key in a row: (file name, label of the axis)
 FIGURES = {
@@ -109,13 +112,36 @@ def over_lengths(result: dict, kind: str, shape: tuple[int, int, int], head: str
     return markdown([head, *(f"T = {T:,}" for T in lengths)], lines)
 
 
+def our_shapes(result: dict) -> list[tuple[int, int, int]]:
+    ours = [row for row in result["rows"] if row.get("pass") == "train" and is_ours(row)]
+    return list(dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours))
+
+
 def shapes_tables(result: dict) -> str:
     """A table for each of the other shapes."""
-    ours = [row for row in result["rows"] if row.get("pass") == "train" and is_ours(row)]
-    shapes = dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours)
     return "\n\n".join(
-        over_lengths(result, "train", shape, "{} heads of ({}, {})".format(*shape)) for shape in shapes if shape != MAIN
+        over_lengths(result, "train", shape, "{} heads of ({}, {})".format(*shape))
+        for shape in our_shapes(result)
+        if shape != MAIN
     )
+
+
+def losses(result: dict) -> str:
+    """Where a peer takes less time than a kernel for Hopper GPUs, forward or forward and backward."""
+    lines = []
+    for name, shape in itertools.product(HOPPER, our_shapes(result)):
+        for T, own in rows_of(result, "train", name, shape).items():
+            faster = []
+            for peer in KERNELS.values():
+                row = None if peer.ours else rows_of(result, "train", peer.name, shape).get(T)
+                keys = ("forward_ms", "forward_backward_ms")
+                if row and any(key in own and row.get(key, math.inf) < own[key] for key in keys):
+                    faster.append(f"{peer.title} {cell(row)}")
+            if faster:
+                heads = "{} heads of ({}, {})".format(*shape)
+                lines.append(f"- {title(name)}, {heads}, T = {T:,}: {cell(own)}; {'; '.join(faster)}")
+    head = "A peer is faster than the kernels for Hopper GPUs "
+    return head + ("here:\n\n" + "\n".join(lines) if lines else "nowhere in these tables.")
 
 
 def remember_table(result: dict) -> str:
@@ -221,6 +247,8 @@ def section(result: dict) -> str:
         (row["heads"], row["d_qk"], row["d_hv"]) != MAIN for row in result["rows"] if "pass" in row and is_ours(row)
     ):
         more += f"Other head dimensions (d_qk, d_hv), as wide:\n\n{shapes_tables(result)}\n\n"
+    if any(row["kernel"] in HOPPER for row in result["rows"]):
+        more += f"{losses(result)}\n\n"
     if "remember" in measured:
         more += "The kernels for Hopper GPUs do not compute what is forgotten before it matters. With f larger by 10, "
         more += f"where next to nothing is forgotten:\n\n{remember_table(result)}\n\n"
