@@ -13,8 +13,8 @@ written and read again, and everything comes from memory once. Of a tile, with P
 
 h and dv are computed by one kernel, state_times_keys_kernel. dq_kernel also finds delta, the gradient through the
 normalizer: that takes dh . h, for which a program must have all of d_qk; in dk_kernel it has 64 columns.
-Stabilizers and gate weights come from passes before; rows_kernel says what the walks find. Few sequences, and heads of
-d_qk > 128 or d_hv > 256, take more than this: see their sections.
+Stabilizers and gate weights come from passes before; the docstring of rows_kernel lists what a walk reads of a tile.
+Few sequences and wide heads (d_qk > 128 or d_hv > 256) need more kernels than these: see the heads of their sections.
 
     forward     summary_kernel -> stabilizers_kernel -> rows_kernel -> h
     backward    rows_backward_kernel -> dv -> dq_kernel -> dk_kernel -> dgates_kernel
@@ -30,7 +30,8 @@ Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     m, n     stabilizers and normalizer states where tiles begin and end     (B, NH, NT+1), (B, NH, NT+1, DQK)
     decay    e^(g + m_{c-1} - m_c) of each tile, g the last b of a tile      (B, NH, NT)
     S, r     normalizer product n . s q, and 1 / D, D = max{|S|, e^(-m)}     (B, NH, T)
-    Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64)
+    Wr       s r e^(b_i + u_j - m_i), gate weights within a tile             (64 x 64), s = 1 / sqrt(d_qk)
+    w_read, w_end    rows 5 and 6 of rows_kernel; in the equations w_read has r in it, as Wr has
     delta    D times the gradient of S                                       (B, NH, T)
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv = 512 (mlstm_tfla.py has them all).
@@ -251,11 +252,12 @@ def rows_kernel(
 ):  # fmt: skip
     """The rows of some tiles, and their decays. Grid: (tiles / TILES) * B * NH. Steps past T write nothing.
 
-    Of each tile there are eight rows of 64 steps in float32, (B, NH, NT * 8, 64). In those "with r in them", for the
-    backward pass and for h of wide heads (rows_backward_kernel), some differ:
+    Of each tile there are eight rows of 64 steps in float32, (B, NH, NT * 8, 64). rows_backward_kernel makes those
+    "with r in them", for the backward pass and for h of wide heads:
         0, 1  w_row: log2 of s e^(b_i - m_i), in two parts; with r in it: of s r e^(b_i - m_i)
         2, 3  u_j in base 2, in two parts
-        4     bounds: where in the tile step i's document begins, and where step j's ends, in one number
+        4     bounds: (start + 1) * 128 + end. Step i's document begins at `start` of the tile (-1: before it), step
+              j's ends before `end` (64: not in it)
         5     w_read: s e^(b_i + m_{c-1} - m_i), weight of the tile's first state; with r in it: times r
         6     w_end: e^(g + u_j - m_c), weight of step j in the next state
         7     e^(-m_i), the floor of the denominator; with r in it: delta, and before it is known its sign
@@ -327,7 +329,8 @@ def rows_backward_kernel(
 #
 # Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
 # same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
-# state. walk_kernel finds that, for all pieces but those of which pieces_kernel says that they are forgotten by the end
+# state (but for dq, which takes it from the borders, see state_times_keys_kernel).
+# walk_kernel finds what pieces add, for all but those of which pieces_kernel says that they are forgotten by the end
 # of their span (backward: by its beginning). n comes from sums_kernel and vectors_kernel then.
 # ---------------------------------------------------------------------------------------------------------------------
 @triton.jit
@@ -403,13 +406,18 @@ def starts_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # What all roles of a program know: it walks along `count` tiles of NT, from `first` on, in head `head` of sequence
 # `batch`, with its decays at decay_ptr. Tiles come into rings of buffers: here are the ring of their rows, and the
-# barriers "full" and "empty" of all rings. BACKWARD, a walk goes from the last tile to the first, and w_read and w_end
-# have exchanged their roles.
+# barriers "full" and "empty" of all rings that the copy engine fills. BACKWARD, a walk goes from the last tile to the
+# first, and w_read and w_end have exchanged their roles.
+#
+# A barrier has a phase, 0 at first, that flips when all have arrived; to wait for a phase is to wait until it is over.
+# The number-th tile has its buffer in round number // STAGES: "full" is waited for in that round's phase, "empty" in
+# that of the round before, which for the first round counts as over.
 Walk = namedtuple("Walk", "batch head first count NT decay_ptr rows full empty")
 
 
 @gluon.jit
 def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers that open after so many arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(number):
         mbarrier.init(barriers.index(index), count=arrivals)
@@ -418,12 +426,14 @@ def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
 
 @gluon.jit
 def ring(descriptor, STAGES: gl.constexpr):
+    """STAGES buffers for what the copy engine brings of a tile, or takes away."""
     return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
 
 
 @gluon.jit
 def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
-    """(tile of the head dimension, head of all heads, its sequence, its number there, span of all spans, its tiles)."""
+    """(tile of the head dimension, head among all heads, its sequence, its number there, span among the spans of all
+    heads, its first tile, how many tiles)."""
     spans = (NT + SPAN - 1) // SPAN
     tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
     bh, first = (program // spans).to(gl.int64), program % spans * SPAN
@@ -439,7 +449,7 @@ def tile_at(walk, number, BACKWARD: gl.constexpr):
 
 @gluon.jit
 def next_decay(walk, number, BACKWARD: gl.constexpr):
-    """The decay of the tile behind the number-th one; behind the last tile, its own."""
+    """The decay of the tile that the walk comes to next; after the last tile its own, which nobody uses."""
     return gl.load(walk.decay_ptr + tile_at(walk, gl.minimum(number + 1, walk.count - 1), BACKWARD))
 
 
@@ -451,13 +461,13 @@ def buffer(ring, number):
 
 @gluon.jit
 def matrix(ring, number):
-    """Of q, k, v or the like, (steps x columns)."""
+    """The number-th tile of q, k, v or the like, (steps x columns)."""
     return buffer(ring, number).reshape([ring.shape[3], ring.shape[4]])
 
 
 @gluon.jit
 def rows_of(walk, number):
-    """Each a vector in plain order."""
+    """The eight rows of the number-th tile, each a vector in plain order."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     return buffer(walk.rows, number)._reinterpret(gl.float32, [walk.rows.shape[3], walk.rows.shape[4]], layout)
 
@@ -476,7 +486,7 @@ def wait_empty(barriers, number):
 
 @gluon.jit
 def arrive(barriers, number):
-    """Says that it is full, or empty."""
+    """Says that the number-th tile's buffer is full, or empty."""
     mbarrier.arrive(buffer(barriers, number), count=1)
 
 
@@ -487,9 +497,9 @@ def size_in_bytes(descriptors):
 
 @gluon.jit
 def load_partition(walk, descriptors, rings, columns, BACKWARD: gl.constexpr):
-    """Fills these rings as fast as the other roles empty them, with tiles from these columns on.
+    """Fills these rings as fast as the other roles empty them. Past the end of the sequence there are zeros.
 
-    Past the end of the sequence there are zeros.
+    columns: the first one of each.
     """
     for number in range(walk.count):
         wait_empty(walk.empty, number)
@@ -516,7 +526,7 @@ def gates(rows, BACKWARD: gl.constexpr, layout: gl.constexpr):
     exponent += rows.index(other).load(gl.SliceLayout(0, layout))[None, :]
     rest = rows.index(own + 1).load(gl.SliceLayout(1, layout))[:, None]
     rest += rows.index(other + 1).load(gl.SliceLayout(0, layout))[None, :]
-    bounds = rows.index(4).load(gl.SliceLayout(1, layout)).to(gl.int32)[:, None]
+    bounds = rows.index(4).load(gl.SliceLayout(1, layout)).to(gl.int32)[:, None]  # start + 1, and end in seven bits
     if BACKWARD:
         mask = (column >= row) & (column < (bounds & 127))
     else:
@@ -649,7 +659,8 @@ def load_state(
 # ---------------------------------------------------------------------------------------------------------------------
 # h and dv
 # ---------------------------------------------------------------------------------------------------------------------
-# Buffers and barriers of state_times_keys_kernel, beside those of its walk.
+# Buffers and barriers of state_times_keys_kernel, beside those of its walk. n needs no "empty" of its own: who reads n
+# arrives at the tile's "empty" as well, and a tile that is full again has a free n.
 KeysBuffers = namedtuple("KeysBuffers", "a b x P r n weighted y P_full P_empty n_full")
 
 
@@ -667,7 +678,7 @@ def h_scores(walk, smem, number):
 
 @gluon.jit
 def h_scores_partition(walk, smem, S_ptr, tile_v, T):
-    """As scores_partition; also r, which makes W into Wr, for the state's warps, and S."""
+    """As scores_partition; also S, and r, by which the state's warps divide what they read, as P is divided here."""
     BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     vector: gl.constexpr = gl.SliceLayout(1, layout)
@@ -783,8 +794,10 @@ def state_times_keys_kernel(
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
+    first_ptr: the states that the spans start from, or None. last_ptr: the state after the sequence, backward before
+    it. border_ptr: C^T at the borders, written forward, read backward. carry_ptr: <C, dC> there, of each program.
     forward     A, B, X, Y = Q, K, V, H: also n, S, and, for the gates, C^T as every BORDER-th tile but the first finds
-                it, (B, NH, borders, DHV, DQK), in bfloat16
+                it, (B, NH, borders - 1, DHV, DQK) filled up to whole tiles, in bfloat16
     backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
@@ -843,13 +856,15 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Wide heads, and the states that spans start from
 #
-# Heads of d_qk > 128 or d_hv > 256 leave no registers for the scores beside the state. Their walks only load and keep
-# the state; what happens within a tile comes before it, P for h and dv, in bfloat16, (B, NH, NT * 64, 64), or after it,
-# on the products with the state in float32:
+# Heads of d_qk > 128 or d_hv > 256 leave no registers for the scores beside the state. Their walks are walk_kernel's:
+# it loads, multiplies with the state and adds to it, but forms no scores. What happens within a tile comes before the
+# walk, P for h and dv, in bfloat16, (B, NH, NT * 64, 64), or after it, on the products with the state in float32:
 #
 #     forward     .. -> rows_kernel -> sums_kernel -> vectors_kernel -> scores_tile_kernel -> rows_backward_kernel -> h
 #     backward    rows_backward_kernel -> dv -> dH C^T -> dq_tile_kernel -> sums_kernel -> vectors_kernel
 #                 -> V dC^T -> dk_tile_kernel -> dgates_kernel
+#
+# The states that spans start from it finds as well, of heads of any size, and multiplies with none then.
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffers of walk_kernel, beside those of its walk.
 WalkBuffers = namedtuple("WalkBuffers", "a b x P weighted")
@@ -958,7 +973,7 @@ def walk_second_half_partition(
     walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
     DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
-    """Narrow heads have none."""
+    """A state of at most 64 rows has none."""
     if smem.weighted.shape[0] > 1:
         walk_state_partition(
             walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
@@ -983,6 +998,9 @@ def walk_kernel(
     neither     C alone, where each span ends whose weight is not 0. Here the spans are the pieces of spans.
     Grid: (tiles of the state) * SPANS * B * NH.
     """
+    # The rows of the state in registers are those of d_qk, or with y_desc of d_hv. A launch has SPANS of a head's
+    # `spans` spans, from FIRST_SPAN on. A piece whose weight is 0 is not walked along: its count is 0. at_end: whether
+    # the state is to be written, of pieces always, else where the sequence ends.
     ROWS_ARE_KEYS: gl.constexpr = y_desc is None
     ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
     COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
@@ -1149,7 +1167,7 @@ def dq_state_partition(
 
 @gluon.jit
 def dq_second_half_partition(walk, smem, dq_desc, first_ptr, DQK: gl.constexpr, DHV: gl.constexpr):
-    """Narrow heads have none."""
+    """Heads of d_qk <= 64 have none."""
     if smem.weighted.shape[0] > 1:
         dq_state_partition(walk, smem, dq_desc, first_ptr, 1, DQK, DHV)
 
@@ -1162,7 +1180,8 @@ def dq_scores_partition(walk, smem, delta_ptr, q_dq_ptr, T):
     From the h that was returned it would be wrong in its third digit, and dq and dk, where terms cancel, in their
     second. q . dq is dh . h + delta S r, so where delta is not 0, q . dq is.
 
-    No one writes to P while it is read: q . y comes after the product with the P before.
+    P, delta and q . y have one buffer each, and no "empty". P is written when both halves have sent q . y of the tile,
+    so after their products with the P before; they send it after P_full of the tile before, when q . y had been read.
     """
     BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -1201,10 +1220,9 @@ def dq_scores_partition(walk, smem, delta_ptr, q_dq_ptr, T):
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def dq_kernel(
     dh_desc, k_desc, v_desc, q_desc, dq_desc, n_desc, rows_desc, rows_ptr, q_dq_ptr, decay_ptr, first_ptr,
-    T, NT, NH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    STAGES: gl.constexpr,
+    T, NT, NH, SPAN, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dQ = w_read * (dH C^T + delta n) + P K; also delta, which takes its place in the rows, and q . dq.
+    """dQ = w_read * (dH C^T + delta n) + P K, with dP for P; also delta, which takes its place in the rows, and q . dq.
 
     Grid: spans * B * NH. delta needs dh . h over all columns, so a program has all of d_qk: one half to each of two
     warpgroups, as no warpgroup has registers for more of C.
@@ -1328,7 +1346,7 @@ def dk_kernel(
     T, NT, NH, BH, SPAN, DN_KNOWN: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK = w_end * (V dC^T + dn) + P Q, P = (V dH^T + delta) * Wr^T, for BK columns.
+    """dK = w_end * (V dC^T + dn) + P Q, P = dP^T = (V dH^T + delta) * Wr^T, for BK columns.
 
     Grid: (tiles of DQK) * spans * B * NH. Also dn; and for the gates k . dk in two parts: the tile's, which are the row
     sums of P * K Q^T, and the state's.
@@ -1678,7 +1696,10 @@ def values_options(DQK: int, DHV: int) -> dict:
 
 def dq_options(DQK: int, DHV: int) -> dict:
     """Tiles of dq_kernel: 64 rows and all columns of the state to a warpgroup."""
-    return values_options(DQK, DHV) | {"BK": 128 if DQK > 64 else 64, "maxnreg": HALF if max(DQK, DHV) <= 64 else None}
+    return {
+        "BLOCK": BLOCK, "DQK": DQK, "DHV": DHV, "BK": 128 if DQK > 64 else 64, "STAGES": 2, "num_warps": 4,
+        "maxnreg": HALF if max(DQK, DHV) <= 64 else None,
+    }  # fmt: skip
 
 
 def tiles_at_once(NT: int) -> int:
@@ -1906,7 +1927,8 @@ def launch_backward(
         )  # fmt: skip
         del y  # of heads of 256/512 it is twice as large as q and k together: not to be kept beside that of dk
     else:
-        v_, dh_, rows_ = describe(v, p["BV"]), describe(dh, p["BV"]), describe(rows, BLOCK, 8)
+        o = values_options(DQK, DHV)
+        v_, dh_, rows_ = describe(v, o["BV"]), describe(dh, o["BV"]), describe(rows, BLOCK, 8)
         dq_kernel[(ceil_div(NT, SPAN_DQ) * BH,)](
             dh_, describe(k, p["BK"]), v_, describe(q, p["BK"]), describe(dq, 64), describe(n, p["BK"], 1),
             rows_, rows, q_dq, decay, starts, T, NT, NH, SPAN_DQ, **p,
@@ -1925,12 +1947,11 @@ def launch_backward(
             T, NT, NH, y.stride(0), DQK, DHV, len(y), BLOCK, **TILE,
         )  # fmt: skip
     else:
-        p = values_options(DQK, DHV)
-        tiles_k = ceil_div(DQK, p["BK"])
+        tiles_k = ceil_div(DQK, o["BK"])
         k_dk_tile, k_dk_state = empty(2, tiles_k, B, NH, T)
         dk_kernel[(tiles_k * ceil_div(NT, SPAN) * BH,)](
-            v_, describe(q, p["BK"]), dh_, describe(k, p["BK"]), describe(dk, p["BK"]), rows_, dn,
-            k_dk_tile, k_dk_state, decay, ends, T, NT, NH, BH, SPAN, SPAN < NT, **p,
+            v_, describe(q, o["BK"]), dh_, describe(k, o["BK"]), describe(dk, o["BK"]), rows_, dn,
+            k_dk_tile, k_dk_state, decay, ends, T, NT, NH, BH, SPAN, SPAN < NT, **o,
         )  # fmt: skip
 
     # m is a gauge: it has no gradient of its own, but <C'_0, dC'_0>, and the rest of m_T's if there is one.

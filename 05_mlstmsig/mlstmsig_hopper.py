@@ -12,8 +12,9 @@ written and read again, and everything comes from memory once. Of a tile, with P
     and once more for the gradient of the queries:  dQ = w_read * (dH C^T) + dP K
 
 So there are two kernels, each used twice: state_times_keys_kernel (h and dv) and state_times_values_kernel (dq, dk).
-It is mlstm_hopper.py of stage 04 without stabilizers and normalizer. Gate weights come from rows_kernel, which says
-what the walks find. Few sequences, and heads of d_qk > 128 or d_hv > 256, take more than this: see their sections.
+It is mlstm_hopper.py of stage 04 without stabilizers and normalizer. Gate weights come from rows_kernel, whose
+docstring lists what a walk reads of a tile. Few sequences and wide heads (d_qk > 128 or d_hv > 256) need more kernels
+than these: see the heads of their sections.
 
 The warps of a program have different jobs ("warp specialization") and wait for each other at barriers in shared memory:
     load     one warp: has the copy engine (TMA) bring tile after tile into a ring of buffers
@@ -23,7 +24,8 @@ The warps of a program have different jobs ("warp specialization") and wait for 
 Glossary (name in code = symbol = shape; NT tiles of 64 steps):
     b        sum of log sigmoid(f) since the tile began, without resets
     decay    e^g of each tile, g its last b                                   (B, NH, NT)
-    Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64)
+    Wr       s e^(b_i - b_j) sigmoid(i_j), gate weights within a tile         (64 x 64), s = 1 / sqrt(d_qk)
+    w_read, w_end    rows 5 and 6 of rows_kernel
 
 Not included: other number formats, other GPUs, heads beyond d_qk = 256 and d_hv = 512 (mlstmsig_tfla.py has them all).
 Copy this file: it needs torch and triton, 3.6 or newer.
@@ -149,7 +151,8 @@ def rows_kernel(
 #
 # Where sequences are so few that most of the GPU would stand idle, they are cut into spans that are walked along at the
 # same time. What each span starts from, starts_kernel puts together from what pieces of the spans before it add to the
-# state. walk_kernel finds that, for all pieces but those of which pieces_kernel says that they are forgotten by the end
+# state (but for dq, which takes it from the borders, see state_times_keys_kernel).
+# walk_kernel finds what pieces add, for all but those of which pieces_kernel says that they are forgotten by the end
 # of their span (backward: by its beginning).
 # ---------------------------------------------------------------------------------------------------------------------
 # same as 04_tfla_triton/mlstm_hopper.py::product
@@ -230,14 +233,19 @@ def starts_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # What all roles of a program know: it walks along `count` tiles of NT, from `first` on, in head `head` of sequence
 # `batch`, with its decays at decay_ptr. Tiles come into rings of buffers: here are the ring of their rows, and the
-# barriers "full" and "empty" of all rings. BACKWARD, a walk goes from the last tile to the first, and w_read and w_end
-# have exchanged their roles.
+# barriers "full" and "empty" of all rings that the copy engine fills. BACKWARD, a walk goes from the last tile to the
+# first, and w_read and w_end have exchanged their roles.
+#
+# A barrier has a phase, 0 at first, that flips when all have arrived; to wait for a phase is to wait until it is over.
+# The number-th tile has its buffer in round number // STAGES: "full" is waited for in that round's phase, "empty" in
+# that of the round before, which for the first round counts as over.
 Walk = namedtuple("Walk", "batch head first count NT decay_ptr rows full empty")
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::new_barriers
 @gluon.jit
 def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers that open after so many arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(number):
         mbarrier.init(barriers.index(index), count=arrivals)
@@ -247,13 +255,15 @@ def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
 # same as 04_tfla_triton/mlstm_hopper.py::ring
 @gluon.jit
 def ring(descriptor, STAGES: gl.constexpr):
+    """STAGES buffers for what the copy engine brings of a tile, or takes away."""
     return gl.allocate_shared_memory(descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout)  # noqa: RUF005, Gluon knows +
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::program_of_span
 @gluon.jit
 def program_of_span(TILES: gl.constexpr, NT, NH, SPAN):
-    """(tile of the head dimension, head of all heads, its sequence, its number there, span of all spans, its tiles)."""
+    """(tile of the head dimension, head among all heads, its sequence, its number there, span among the spans of all
+    heads, its first tile, how many tiles)."""
     spans = (NT + SPAN - 1) // SPAN
     tile, program = gl.program_id(0) % TILES, gl.program_id(0) // TILES
     bh, first = (program // spans).to(gl.int64), program % spans * SPAN
@@ -271,7 +281,7 @@ def tile_at(walk, number, BACKWARD: gl.constexpr):
 # same as 04_tfla_triton/mlstm_hopper.py::next_decay
 @gluon.jit
 def next_decay(walk, number, BACKWARD: gl.constexpr):
-    """The decay of the tile behind the number-th one; behind the last tile, its own."""
+    """The decay of the tile that the walk comes to next; after the last tile its own, which nobody uses."""
     return gl.load(walk.decay_ptr + tile_at(walk, gl.minimum(number + 1, walk.count - 1), BACKWARD))
 
 
@@ -285,14 +295,14 @@ def buffer(ring, number):
 # same as 04_tfla_triton/mlstm_hopper.py::matrix
 @gluon.jit
 def matrix(ring, number):
-    """Of q, k, v or the like, (steps x columns)."""
+    """The number-th tile of q, k, v or the like, (steps x columns)."""
     return buffer(ring, number).reshape([ring.shape[3], ring.shape[4]])
 
 
 # same as 04_tfla_triton/mlstm_hopper.py::rows_of
 @gluon.jit
 def rows_of(walk, number):
-    """Each a vector in plain order."""
+    """The eight rows of the number-th tile, each a vector in plain order."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     return buffer(walk.rows, number)._reinterpret(gl.float32, [walk.rows.shape[3], walk.rows.shape[4]], layout)
 
@@ -314,7 +324,7 @@ def wait_empty(barriers, number):
 # same as 04_tfla_triton/mlstm_hopper.py::arrive
 @gluon.jit
 def arrive(barriers, number):
-    """Says that it is full, or empty."""
+    """Says that the number-th tile's buffer is full, or empty."""
     mbarrier.arrive(buffer(barriers, number), count=1)
 
 
@@ -327,9 +337,9 @@ def size_in_bytes(descriptors):
 # same as 04_tfla_triton/mlstm_hopper.py::load_partition
 @gluon.jit
 def load_partition(walk, descriptors, rings, columns, BACKWARD: gl.constexpr):
-    """Fills these rings as fast as the other roles empty them, with tiles from these columns on.
+    """Fills these rings as fast as the other roles empty them. Past the end of the sequence there are zeros.
 
-    Past the end of the sequence there are zeros.
+    columns: the first one of each.
     """
     for number in range(walk.count):
         wait_empty(walk.empty, number)
@@ -497,8 +507,10 @@ def state_times_keys_kernel(
     """Y = read * (A C) + P X, C <- decay C + (write * B)^T X, for BV columns of X and Y.
 
     Grid: (tiles of DHV) * spans * B * NH.
+    first_ptr: the states that the spans start from, or None. last_ptr: the state after the sequence, backward before
+    it. border_ptr: C^T at the borders, written forward, read backward. carry_ptr: <C, dC> there, of each program.
     forward     A, B, X, Y = Q, K, V, H: also, for the gates, C^T as every BORDER-th tile but the first finds it,
-                (B, NH, borders, DHV, DQK), in bfloat16
+                (B, NH, borders - 1, DHV, DQK) filled up to whole tiles, in bfloat16
     backward    A, B, X, Y = K, Q, dH, dV, and C is dC: also the tile's part of <C, dC> at these borders
     """
     TILES: gl.constexpr = (DHV + BV - 1) // BV
@@ -546,9 +558,11 @@ def state_times_keys_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Wide heads, and the states that spans start from
 #
-# Heads of d_qk > 128 or d_hv > 256 leave no registers for the scores beside the state. Their walks only load and keep
-# the state; what happens within a tile comes before it, P for h and dv, in bfloat16, (B, NH, NT * 64, 64), from
-# scores_tile_kernel, or after it, on the products with the state in float32: values_tile_kernel, for dq and dk.
+# Heads of d_qk > 128 or d_hv > 256 leave no registers for the scores beside the state. Their walks are walk_kernel's:
+# it loads, multiplies with the state and adds to it, but forms no scores. What happens within a tile comes before the
+# walk, P for h and dv, in bfloat16, (B, NH, NT * 64, 64), from scores_tile_kernel, or after it, on the products with
+# the state in float32: values_tile_kernel, for dq and dk.
+# The states that spans start from it finds as well, of heads of any size, and multiplies with none then.
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffers of walk_kernel, beside those of its walk.
 WalkBuffers = namedtuple("WalkBuffers", "a b x P weighted")
@@ -659,7 +673,7 @@ def walk_second_half_partition(
     walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
     DQK: gl.constexpr, DHV: gl.constexpr, BORDER: gl.constexpr, SIZE: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
-    """Narrow heads have none."""
+    """A state of at most 64 rows has none."""
     if smem.weighted.shape[0] > 1:
         walk_state_partition(
             walk, smem, first_row, first_column, y_desc, first_ptr, last_ptr, y_ptr, border_ptr, carry_ptr, at_end,
@@ -685,6 +699,9 @@ def walk_kernel(
     neither     C alone, where each span ends whose weight is not 0. Here the spans are the pieces of spans.
     Grid: (tiles of the state) * SPANS * B * NH.
     """
+    # The rows of the state in registers are those of d_qk, or with y_desc of d_hv. A launch has SPANS of a head's
+    # `spans` spans, from FIRST_SPAN on. A piece whose weight is 0 is not walked along: its count is 0. at_end: whether
+    # the state is to be written, of pieces always, else where the sequence ends.
     ROWS_ARE_KEYS: gl.constexpr = y_desc is None
     ROWS: gl.constexpr = DQK if ROWS_ARE_KEYS else DHV
     COLUMNS: gl.constexpr = DHV if ROWS_ARE_KEYS else DQK
@@ -814,7 +831,7 @@ def values_state_partition(
 
 
 @gluon.jit
-def values_scores_partition(walk, smem, X_ptr, T, BACKWARD: gl.constexpr):
+def values_scores_partition(walk, smem, tile_ptr, T, BACKWARD: gl.constexpr):
     """P = A X^T * Wr (backward: Wr^T) of tile after tile; the row sums of P * (own B^T), before P is rounded."""
     BLOCK: gl.constexpr = walk.rows.shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -831,21 +848,21 @@ def values_scores_partition(walk, smem, X_ptr, T, BACKWARD: gl.constexpr):
         scores = warpgroup_mma(own, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         offs_t = tile_at(walk, number, BACKWARD) * BLOCK + offs_l
-        gl.store(X_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
+        gl.store(tile_ptr + offs_t, gl.sum(P * scores, axis=1), mask=offs_t < T)
         arrive(walk.empty, number)
 
 
 @gluon.jit(do_not_specialize=["NT", "SPAN"])  # Triton 3.6 fails on a loop that it knows to be one round
 def state_times_values_kernel(
-    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, X_ptr, state_ptr, decay_ptr, first_ptr,
+    a_desc, b_desc, x_desc, own_desc, y_desc, rows_desc, tile_ptr, state_ptr, decay_ptr, first_ptr,
     T, NT, NH, BH, SPAN, BACKWARD: gl.constexpr, BLOCK: gl.constexpr, DQK: gl.constexpr, DHV: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Y = read * (A C^T) + P B, C <- decay C + (write * B)^T X, P = A X^T * Wr, for BK columns of B and Y.
 
     Grid: (tiles of DQK) * spans * B * NH.
-    forward     A, B, X, Y = dH, K, V, dQ
-    backward    A, B, X, Y = V, Q, dH, dK, and C is dC
+    forward     A, B, X, Y, own = dH, K, V, dQ, Q
+    backward    A, B, X, Y, own = V, Q, dH, dK, K, and C is dC
     Also, for the gates, q . dq or k . dk in two parts: the tile's, the row sums of P * Q K^T, and the state's.
     """
     TILES: gl.constexpr = (DQK + BK - 1) // BK
@@ -874,7 +891,7 @@ def state_times_values_kernel(
     gl.warp_specialize(
         [
             (values_state_partition, (walk, smem, y_desc, state_ptr + offs, first_ptr, first_k, T, DQK, DHV, BACKWARD)),
-            (values_scores_partition, (walk, smem, X_ptr + offs, T, BACKWARD)),
+            (values_scores_partition, (walk, smem, tile_ptr + offs, T, BACKWARD)),
             (load_partition, (walk, descriptors, rings, (0, 0, first_k, 0, first_k), BACKWARD)),
         ],
         [4, 1],
@@ -950,7 +967,7 @@ def scores_tile_kernel(
 
 @triton.jit
 def values_tile_kernel(
-    a_ptr, b_ptr, x_ptr, own_ptr, y_ptr, rows_ptr, out_ptr, X_ptr, state_ptr,
+    a_ptr, b_ptr, x_ptr, own_ptr, y_ptr, rows_ptr, out_ptr, tile_ptr, state_ptr,
     stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt, stride_xb, stride_xh, stride_xt,
     stride_ownb, stride_ownh, stride_ownt, stride_outb, stride_outh, stride_outt,
     T, NT, NH, stride_part, DQK: tl.constexpr, DHV, PARTS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
@@ -973,7 +990,7 @@ def values_tile_kernel(
     P = products(a_ptr, x_ptr, stride_at, stride_xt, offs_t, T, DHV, BLOCK, PART)
     P = P * tile_weights(rows_ptr, BACKWARD, BLOCK)
     scores = products(own_ptr, b_ptr, stride_ownt, stride_bt, offs_t, T, DQK, BLOCK, PART)
-    tl.store(X_ptr + bh * T + offs_t, tl.sum(P * scores, axis=1), mask=offs_t < T)
+    tl.store(tile_ptr + bh * T + offs_t, tl.sum(P * scores, axis=1), mask=offs_t < T)
     P, own_y = P.to(b_ptr.dtype.element_ty), tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, DQK, PART):  # all of d_qk is more than registers can hold
         offs_k = first + tl.arange(0, PART)[None, :]

@@ -429,6 +429,7 @@ def small_result() -> dict:
             rows.append(row)
     bad = {key: row[key] for key in ("pass", "T", "batch", "heads", "d_qk", "d_hv", "dtype")}
     rows.append(bad | {"kernel": "wrong", "configuration": {}, "errors": {"h": 0.5}, "correct": False})
+    rows.append(rows[-1] | {"heads": 8, "d_qk": 256, "d_hv": 512, "errors": {"h": 0.75}})
     rows.append(bad | {"kernel": "aborts", "configuration": {"chunk_size": 32}, "problem": "crashes: SIGABRT: why"})
     result = {"device": "GPU", "versions": {"torch": "2"}, "date": "today", "commit": "abc", "rows": rows}
     return result | {"copy_rate_tb_s": 4.3, "matrix_rate_tflop_s": 690.0}
@@ -444,9 +445,9 @@ def test_the_section_has_every_number_and_every_reason(fake_kernels):
         "| title of wrong |  |  |  | wrong |  |  |  |  |",
         "| title of aborts | 32 |  |  | crashes |  |  |  |  |",
         "- title of absent: not installed: pip install this",
-        "- title of forward_only, train, 16 × (128, 256), T = 512, 8,192: forward + backward refuses: Error: no",
-        "- title of wrong, train, 16 × (128, 256), T = 8,192: wrong: h 0.5",
-        "- title of aborts, train, chunk size 32, 16 × (128, 256), T = 8,192: crashes: SIGABRT: why",
+        "- title of forward_only, train, 16 × (128, 256) at T = 512, 8,192: forward + backward refuses: Error: no",
+        "- title of wrong, train, 16 × (128, 256) at T = 8,192; 8 × (256, 512) at T = 8,192: wrong: h 0.5 to 0.75",
+        "- title of aborts, train, chunk size 32, 16 × (128, 256) at T = 8,192: crashes: SIGABRT: why",
     ):
         assert line in text.splitlines()
     assert "4.3 TB/s; matrix products: 690.0 TFLOP/s" in text
@@ -494,12 +495,29 @@ def test_the_report_fills_the_readme_between_its_marks(fake_kernels, tmp_path, c
 def test_where_a_peer_is_faster_is_said(fake_kernels, monkeypatch):
     monkeypatch.setattr(bench_report, "HOPPER", ("right",))
     result = small_result()
-    assert "for Hopper GPUs nowhere in these tables." in bench_report.section(result)
-    for row in result["rows"]:
-        if row["kernel"] == "right" and row["T"] == 512:
-            row["forward_ms"] = 1.75
-    lost = "- **`title`** of right, 16 heads of (128, 256), T = 512: 1.75 / 3.00; title of forward_only 1.50 / refuses"
-    assert bench_report.losses(result).splitlines()[2:] == [lost]
+    assert "No peer is faster than **`title`** of right at any length" in bench_report.section(result)
+    of_right = {row["T"]: row for row in result["rows"] if row["kernel"] == "right"}
+    # Another one of ours does not count.
+    monkeypatch.setitem(FAKES, "quick", kernel("quick", ours=True))
+    result["rows"].append(of_right[512] | {"kernel": "quick", "forward_ms": 0.1, "forward_backward_ms": 0.2})
+    assert bench_report.losses(result).startswith("No peer")
+    of_right[512]["forward_ms"], of_right[8192]["forward_backward_ms"] = 1.75, 8.5
+    # At another shape, without a backward pass.
+    wide = {"heads": 8, "d_qk": 256, "d_hv": 512}
+    row = of_right[512] | wide
+    del row["forward_backward_ms"]
+    choosy = next(row for row in result["rows"] if row["kernel"] == "choosy" and row["T"] == 512)
+    result["rows"] += [row, choosy | wide | {"forward_ms": 1.25}]
+    assert bench_report.losses(result).splitlines()[2:] == [
+        f"- **`title`** of right, {lost}"
+        for lost in (
+            "16 heads of (128, 256), T = 512: 1.75 / 3.00; title of forward_only **1.50** / refuses",
+            "16 heads of (128, 256), T = 8,192: 0.75 / 8.50; title of choosy 2.00 / **8.00**",
+            "8 heads of (256, 512), T = 512: 1.75 / –; title of choosy **1.25** / 8.00",
+        )
+    ]
+    without = {"rows": [{"kernel": "right", "problem": "refuses: another GPU"}]}
+    assert "No peer is faster" not in bench_report.section(small_result() | without)
 
 
 def test_times_that_differ_from_call_to_call_are_remarked_upon():

@@ -78,7 +78,7 @@ def test_runs_alone_in_an_empty_folder(file, tmp_path):
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES, ids=IDS)
-def test_imports_numpy_torch_and_triton_only(file):
+def test_imports_numpy_torch_triton_and_what_python_brings(file):
     imported = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -100,13 +100,23 @@ def functions(path: Path) -> dict[str, str]:
     }
 
 
+@functools.cache
+def named_tuples(path: Path) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+) = (namedtuple\(.*\))$", path.read_text(), re.M))
+
+
 def test_functions_marked_as_the_same_are_the_same():
-    """Files that are copied alone must repeat some functions. They say so, and this keeps the two texts equal."""
+    """Files that are copied alone must repeat some functions. They say so, and this keeps the two texts equal.
+
+    So it does with the named tuples that they make.
+    """
     marks = 0
     for file in KERNEL_FILES:
         for path, original, name in re.findall(r"^# same as (\S+)::(\w+)\n(?:@.*\n)*def (\w+)", file.read_text(), re.M):
             assert original == name, f"{file.name}: the mark for {original} stands above {name}"
             assert functions(file)[name] == functions(ROOT / path)[name], f"{file.name}: {name} differs from {path}"
+            for kind in re.findall(r"\b(\w+)\(", functions(file)[name]):
+                assert named_tuples(file).get(kind) == named_tuples(ROOT / path).get(kind), f"{file.name}: {kind}"
             marks += 1
     assert marks >= 4
 

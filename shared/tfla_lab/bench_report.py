@@ -11,15 +11,17 @@ import collections
 import itertools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from tfla_lab import plot
-from tfla_lab.bench import MAIN, fastest, is_ours, said, same_kernel
+from tfla_lab.bench import MAIN, WRONG, WRONG_GATE, fastest, is_ours, said, same_kernel
 from tfla_lab.peers import KERNELS, STEPS
 from tfla_lab.record import ROOT
 
@@ -127,21 +129,29 @@ def shapes_tables(result: dict) -> str:
 
 
 def losses(result: dict) -> str:
-    """Where a peer takes less time than a kernel for Hopper GPUs, forward or forward and backward."""
+    """Where a peer takes less time than a kernel for Hopper GPUs, at any length and shape. In bold what takes less.
+
+    Of a peer's configurations, that counts which is fastest forward and backward.
+    """
     lines = []
     for name, shape in itertools.product(HOPPER, our_shapes(result)):
         for T, own in rows_of(result, "train", name, shape).items():
             faster = []
             for peer in KERNELS.values():
                 row = None if peer.ours else rows_of(result, "train", peer.name, shape).get(T)
-                keys = ("forward_ms", "forward_backward_ms")
-                if row and any(key in own and row.get(key, math.inf) < own[key] for key in keys):
-                    faster.append(f"{peer.title} {cell(row)}")
+                times = ("forward_ms", "forward_backward_ms")
+                less = [row is not None and row.get(key, math.inf) < own.get(key, 0) for key in times]
+                if any(less):
+                    numbers = (f"**{x}**" if y else x for x, y in zip(cell(row).split(" / "), less, strict=True))
+                    faster.append(f"{peer.title} {' / '.join(numbers)}")
             if faster:
                 heads = "{} heads of ({}, {})".format(*shape)
                 lines.append(f"- {title(name)}, {heads}, T = {T:,}: {cell(own)}; {'; '.join(faster)}")
-    head = "A peer is faster than the kernels for Hopper GPUs "
-    return head + ("here:\n\n" + "\n".join(lines) if lines else "nowhere in these tables.")
+    names = " or ".join(title(name) for name in HOPPER)
+    if not lines:
+        return f"No peer is faster than {names} at any length and shape that was measured."
+    head = f"Of all lengths and shapes that were measured, a peer is faster than {names} at these (bold is faster):"
+    return "\n".join([head, "", *lines])
 
 
 def remember_table(result: dict) -> str:
@@ -186,7 +196,7 @@ WALKS = {
 def walks_table(result: dict) -> str:
     """What forward + backward at one length consist of, in ms."""
     lines = []
-    for name in ("mlstm_hopper", "mlstmsig_hopper"):
+    for name in HOPPER:
         times = rows_of(result, "train", name)[HEADLINE]["kernels_ms"]
         walks = [sum(times.get(kernel, 0) for kernel in kernels) for kernels in WALKS.values()]
         numbers = *walks, sum(times.values()) - sum(walks), sum(times.values())
@@ -212,6 +222,19 @@ def unsteady(row: dict) -> str:
     return words + "."
 
 
+def spread(result: dict) -> str:
+    """How far apart the quartiles of our kernels' times lie, in words."""
+    shares = [
+        row[f"{key}_spread_ms"] / row[f"{key}_ms"]
+        for row in result["rows"]
+        for key in ("forward", "forward_backward")
+        if is_ours(row) and row.get("pass") == "train" and f"{key}_spread_ms" in row
+    ]
+    if not shares:
+        return ""
+    return f"; quartiles of ours are {statistics.median(shares):.0%} of the median apart, at most {max(shares):.0%}"
+
+
 def remarks(result: dict) -> str:
     """What a reader should know of each kernel, and everything that has no number."""
     lines = [f"- {k.title}: {k.note}." for k in KERNELS.values() if k.note and rows_of(result, "train", k.name)]
@@ -219,7 +242,7 @@ def remarks(result: dict) -> str:
         kernel.title for kernel in KERNELS.values() if not any(row["kernel"] == kernel.name for row in result["rows"])
     ]
     if absent:
-        lines.append(f"- Not measured in this run: {', '.join(absent)}. Nor what has an empty cell.")
+        lines.append(f"- Not measured in this run: {', '.join(absent)}.")
     lines += filter(None, map(unsteady, result["rows"]))
     found = collections.defaultdict(list)
     for row in result["rows"]:
@@ -229,13 +252,22 @@ def remarks(result: dict) -> str:
     for (name, kind, chunk, _, has_forward), rows in found.items():
         words = [(KERNELS | STEPS)[name].title]
         if kind:
-            key = "batch" if kind == "decode" else "T"
-            shapes = dict.fromkeys(f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})" for row in rows)
-            words += [kind, f"chunk size {chunk}"] if chunk else [kind]
-            words += [*shapes, f"{key} = " + ", ".join(f"{x:,}" for x in sorted({row[key] for row in rows}))]
-        what = "forward + backward " * has_forward + said(rows[0])
-        lines.append(f"- {', '.join(words)}: {what}")
+            key, places = "batch" if kind == "decode" else "T", collections.defaultdict(list)
+            for row in rows:
+                places[f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})"].append(row[key])
+            at = (f"{shape} at {key} = {', '.join(f'{x:,}' for x in sorted(found))}" for shape, found in places.items())
+            words += [kind, f"chunk size {chunk}", "; ".join(at)] if chunk else [kind, "; ".join(at)]
+        lines.append(f"- {', '.join(words)}: {'forward + backward ' * has_forward}{said_of_all(rows)}")
     return "\n".join(lines)
+
+
+def said_of_all(rows: list[dict]) -> str:
+    """Why rows that share a reason have no numbers; errors of all of them, from the smallest to the largest."""
+    if rows[0].get("correct", True):
+        return said(rows[0])
+    errors = {name: sorted(row["errors"][name] for row in rows) for name in rows[0]["errors"]}
+    ranges = (f"{name} {x[0]}" + f" to {x[-1]}" * (x[0] < x[-1]) for name, x in errors.items())
+    return "wrong: " + ", ".join(ranges)
 
 
 def section(result: dict) -> str:
@@ -247,11 +279,14 @@ def section(result: dict) -> str:
         (row["heads"], row["d_qk"], row["d_hv"]) != MAIN for row in result["rows"] if "pass" in row and is_ours(row)
     ):
         more += f"Other head dimensions (d_qk, d_hv), as wide:\n\n{shapes_tables(result)}\n\n"
-    if any(row["kernel"] in HOPPER for row in result["rows"]):
+    if any(row["kernel"] in HOPPER and "forward_ms" in row for row in result["rows"]):
         more += f"{losses(result)}\n\n"
     if "remember" in measured:
-        more += "The kernels for Hopper GPUs do not compute what is forgotten before it matters. With f larger by 10, "
-        more += f"where next to nothing is forgotten:\n\n{remember_table(result)}\n\n"
+        more += (
+            "Where the kernels for Hopper GPUs cut sequences into spans, here at T = 65,536, they do not compute what "
+        )
+        more += "is forgotten before it matters. With f around 13 instead of 3, where next to nothing is:\n\n"
+        more += f"{remember_table(result)}\n\n"
     if "prefill" in measured:
         more += f"One long sequence, forward with the state after it, in ms:\n\n{prefill_table(result)}\n\n"
     if "decode" in measured:
@@ -265,7 +300,9 @@ def section(result: dict) -> str:
 Milliseconds, forward / forward + backward; "of the floor" is the time that reading q, k, v once and writing h once would take at
 the copy rate measured beside it ({result["copy_rate_tb_s"]} TB/s; matrix products: {result["matrix_rate_tflop_s"]} TFLOP/s) as a share of the forward
 time at T = {HEADLINE:,}; GiB are the peak of forward + backward above the inputs, at the same length. Each kernel was checked against a
-reference in float64 before it was timed, and each peer has the fastest of its own configurations.
+reference in float64 before it was timed: ours must keep their [budgets](#what-is-measured-what-is-tested), a peer is called wrong from an
+error of {WRONG:.0%} on, {WRONG_GATE:.0%} in the gates' gradients. Each peer has the fastest of its own configurations. What has an empty cell was not measured.
+Times are medians{spread(result)}.
 
 {main_table(result)}
 
@@ -297,6 +334,11 @@ def figure(result: dict, key: str, path: str | Path | None = None):
         drawing = plt.figure(figsize=(7.6, 4.2))
         ax = drawing.add_axes((0.09, 0.12, 0.55, 0.84))
         plot.cost_over_T(costs, ylabel=FIGURES[key][1], ax=ax)
+        ax.yaxis.set_major_formatter(LogFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+        ours = {kernel.title for kernel in KERNELS.values() if kernel.ours}
+        for line in ax.get_lines():
+            line.set_linewidth(2.4 if line.get_label() in ours else 1.0)
         lines = [line for line in ax.get_lines() if len(line.get_xdata())]
         ax.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
         if path is not None:
