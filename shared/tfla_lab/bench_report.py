@@ -68,6 +68,10 @@ def title(name: str) -> str:
     return f"**`{words.partition(' ')[0]}`** {words.partition(' ')[2]}" if is_ours({"kernel": name}) else words
 
 
+def heads(row: dict) -> str:
+    return "{heads} × ({d_qk}, {d_hv})".format(**row)
+
+
 def short(row: dict) -> str:
     """The first word of why there is no number."""
     return said(row).partition(":")[0] or "–"
@@ -114,18 +118,16 @@ def over_lengths(result: dict, kind: str, shape: tuple[int, int, int], head: str
     return markdown([head, *(f"T = {T:,}" for T in lengths)], lines)
 
 
-def our_shapes(result: dict) -> list[tuple[int, int, int]]:
+def our_shapes(result: dict) -> dict[tuple[int, int, int], str]:
+    """The shapes at which our kernels were timed, and how they are called."""
     ours = [row for row in result["rows"] if row.get("pass") == "train" and is_ours(row)]
-    return list(dict.fromkeys((row["heads"], row["d_qk"], row["d_hv"]) for row in ours))
+    return {(row["heads"], row["d_qk"], row["d_hv"]): "{heads} heads of ({d_qk}, {d_hv})".format(**row) for row in ours}
 
 
 def shapes_tables(result: dict) -> str:
     """A table for each of the other shapes."""
-    return "\n\n".join(
-        over_lengths(result, "train", shape, "{} heads of ({}, {})".format(*shape))
-        for shape in our_shapes(result)
-        if shape != MAIN
-    )
+    others = {shape: words for shape, words in our_shapes(result).items() if shape != MAIN}
+    return "\n\n".join(over_lengths(result, "train", shape, words) for shape, words in others.items())
 
 
 def losses(result: dict) -> str:
@@ -134,7 +136,7 @@ def losses(result: dict) -> str:
     Of a peer's configurations, that counts which is fastest forward and backward.
     """
     lines = []
-    for name, shape in itertools.product(HOPPER, our_shapes(result)):
+    for name, (shape, words) in itertools.product(HOPPER, our_shapes(result).items()):
         for T, own in rows_of(result, "train", name, shape).items():
             faster = []
             for peer in KERNELS.values():
@@ -145,8 +147,7 @@ def losses(result: dict) -> str:
                     numbers = (f"**{x}**" if y else x for x, y in zip(cell(row).split(" / "), less, strict=True))
                     faster.append(f"{peer.title} {' / '.join(numbers)}")
             if faster:
-                heads = "{} heads of ({}, {})".format(*shape)
-                lines.append(f"- {title(name)}, {heads}, T = {T:,}: {cell(own)}; {'; '.join(faster)}")
+                lines.append(f"- {title(name)}, {words}, T = {T:,}: {cell(own)}; {'; '.join(faster)}")
     names = " or ".join(title(name) for name in HOPPER)
     if not lines:
         return f"No peer is faster than {names} at any length and shape that was measured."
@@ -214,8 +215,7 @@ def unsteady(row: dict) -> str:
     times = [(row.get(f"{key}_spread_ms", 0.0), row.get(f"{key}_ms", 0.0)) for key in ("forward", "forward_backward")]
     if row.get("pass") != "train" or not any(spread > UNSTEADY * time for spread, time in times):
         return ""
-    shape = f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})"
-    words = f"- {KERNELS[row['kernel']].title}, {shape}, T = {row['T']:,}: the quartiles of the times lie "
+    words = f"- {KERNELS[row['kernel']].title}, {heads(row)}, T = {row['T']:,}: the quartiles of the times lie "
     words += " / ".join(f"{spread:.2f}" for spread, _ in times) + " ms apart"
     if "kernels_ms" in row:
         words += f"; the kernels of forward + backward alone take {sum(row['kernels_ms'].values()):.2f} ms together"
@@ -254,7 +254,7 @@ def remarks(result: dict) -> str:
         if kind:
             key, places = "batch" if kind == "decode" else "T", collections.defaultdict(list)
             for row in rows:
-                places[f"{row['heads']} × ({row['d_qk']}, {row['d_hv']})"].append(row[key])
+                places[heads(row)].append(row[key])
             at = (f"{shape} at {key} = {', '.join(f'{x:,}' for x in sorted(found))}" for shape, found in places.items())
             words += [kind, f"chunk size {chunk}", "; ".join(at)] if chunk else [kind, "; ".join(at)]
         lines.append(f"- {', '.join(words)}: {'forward + backward ' * has_forward}{said_of_all(rows)}")
@@ -266,8 +266,8 @@ def said_of_all(rows: list[dict]) -> str:
     if rows[0].get("correct", True):
         return said(rows[0])
     errors = {name: sorted(row["errors"][name] for row in rows) for name in rows[0]["errors"]}
-    ranges = (f"{name} {x[0]}" + f" to {x[-1]}" * (x[0] < x[-1]) for name, x in errors.items())
-    return "wrong: " + ", ".join(ranges)
+    ranges = {name: f"{x[0]}" + f" to {x[-1]}" * (x[0] < x[-1]) for name, x in errors.items()}
+    return said(rows[0] | {"errors": ranges})
 
 
 def section(result: dict) -> str:
@@ -275,17 +275,13 @@ def section(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     NH, DQK, DHV = MAIN
     measured, more = {row.get("pass") for row in result["rows"]}, ""
-    if any(
-        (row["heads"], row["d_qk"], row["d_hv"]) != MAIN for row in result["rows"] if "pass" in row and is_ours(row)
-    ):
-        more += f"Other head dimensions (d_qk, d_hv), as wide:\n\n{shapes_tables(result)}\n\n"
+    if tables := shapes_tables(result):
+        more += f"Other head dimensions (d_qk, d_hv), as wide:\n\n{tables}\n\n"
     if any(row["kernel"] in HOPPER and "forward_ms" in row for row in result["rows"]):
         more += f"{losses(result)}\n\n"
     if "remember" in measured:
-        more += (
-            "Where the kernels for Hopper GPUs cut sequences into spans, here at T = 65,536, they do not compute what "
-        )
-        more += "is forgotten before it matters. With f around 13 instead of 3, where next to nothing is:\n\n"
+        more += "Where the kernels for Hopper GPUs cut sequences into spans, here at T = 65,536, they do not compute "
+        more += "what is forgotten before it matters. With f around 13 instead of 3, where next to nothing is:\n\n"
         more += f"{remember_table(result)}\n\n"
     if "prefill" in measured:
         more += f"One long sequence, forward with the state after it, in ms:\n\n{prefill_table(result)}\n\n"
